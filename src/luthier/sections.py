@@ -28,7 +28,7 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; null takes the hub's default."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the weights; `auto` takes the checkpoint's own where the device can compute in it, and says so."""
+    """Number format of the weights; auto is the checkpoint's own where the device can compute in it, and said."""
     trust_vendor_code: bool = False
     """Run Python code that ships with the model. Off: such a model is refused unless Luthier knows it natively."""
 
@@ -63,9 +63,9 @@ class DataSection(Section):
     """Where the rows come from, what the model sees of them, and what it is taught."""
 
     train: str | list[str | DataFile]
-    """A file (json, jsonl, csv, tsv, parquet, txt; gzip or zstd), a list of files, a folder, `hf:id[split]`, `modelscope:id`."""
+    """A file (json jsonl csv tsv parquet txt; gzip zstd), a list of files, a folder, `hf:id[split]`, `modelscope:id`."""
     eval: float | int | str | None = None
-    """A share (0 < x < 1), a number of rows, or a file; split by a hash of the prompt, so that duplicates never straddle."""
+    """A share (0 < x < 1), a number of rows, or a file; split by a hash of the prompt: duplicates never straddle."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = "auto"
     """Shape of a row; `auto` recognises each and says which."""
     columns: Columns | None = None
@@ -123,7 +123,7 @@ class MethodSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapters."""
     target: Literal["auto", "all_linear"] | list[str] = "auto"
-    """auto and all_linear: every linear layer but the head; or names of layers. A name that matches nothing is an error."""
+    """auto, all_linear: every linear layer but the head; or names of layers. A name that matches nothing is an error."""
     modules_to_save: list[str] = []
     """Layers trained whole and saved with the adapter, as embed_tokens or lm_head."""
 
@@ -203,7 +203,8 @@ class GenerateSection(Section):
     prompts: list[str] | str = []
     """Prompts, or a file of them: .txt is one prompt, its whole text; .jsonl has one a line."""
     raw: bool | None = None
-    """true: the prompt as it is, BOS by the tokenizer's rule; false: the user's turn under the run's template; null: true only for a text pattern without an answer column."""
+    """true: the prompt as it is, BOS by the tokenizer's rule; false: the user's turn under the run's template.
+    null: true only for a text pattern without an answer column."""
     max_new_tokens: PositiveInt = 256
     """Longest answer in tokens."""
     max_length: PositiveInt | None = None

@@ -1,0 +1,1 @@
+"""Luthier fits a language model to one task."""

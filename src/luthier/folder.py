@@ -1,0 +1,164 @@
+"""The run folder: what lies where, and files that a reader never sees half written.
+
+runs/<name>/
+  recipe.yaml        the resolved recipe, every default filled in
+  environment.json   versions, device, threads
+  data.json          counts, drops, hashes
+  rejected.jsonl     rows that were skipped, with the reason
+  metrics.jsonl      a line a step
+  status.json        state and heartbeat
+  checkpoints/step-000100/
+  adapter/           the best by eval loss where there is an eval set, else the last (full fine-tuning: model/)
+  samples.jsonl      replies to the recipe's prompts
+  compare.md, compare.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import RecipeError, RunError
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part (temporary file, fsync, rename)."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented UTF-8 JSON, atomically."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def folder_atomic(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`; when the block ends well it becomes `target`, else it is removed.
+
+    Every file in it is flushed to disk before the rename, so that a folder with the final name is complete.
+    An existing `target` is replaced.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary.chmod(0o777 & ~_umask())
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.replace(old)
+            temporary.replace(target)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. The paths are where things lie; whether they are there is another question."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, name: str, root: Path) -> RunFolder:
+        """Make runs/<name> below `root`, or <name>-2, -3 … where that is taken. Errors: RecipeError on a bad name."""
+        if not re.fullmatch(r"[\w][\w.\- ]*", name):
+            raise RecipeError(f"run: {name!r} cannot be a folder's name; use letters, digits, '-', '_' and '.'")
+        (root / "runs").mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            path = root / "runs" / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            (path / "checkpoints").mkdir()
+            return cls(path)
+        raise RunError(f"runs/{name} and 9,998 more of that name are taken; give another with run=NAME")
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Errors: RunError-like RecipeError when there is no recipe.yaml in it."""
+        if not (path / "recipe.yaml").is_file():
+            raise RecipeError(f"{path}: not a run folder (it has no recipe.yaml)")
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The whole model, which full fine-tuning writes instead of an adapter."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def rejected(self) -> Path:
+        return self.path / "rejected.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
