@@ -1,0 +1,346 @@
+"""Segments → Example: the only place that makes targets.
+
+A text is cut at its special tokens into *sections*; each section is encoded once, as a whole, in Rust threads. Where
+supervision begins inside a section, the tokens before the border must be the very tokens of the text before it (then
+a prompt's ids are a prefix of its row's ids); where a token straddles the border, the two sides are encoded apart.
+Blanks before an answer belong to the answer: `Author: ` + `Oscar` is taught as `Author:` + ` Oscar`, since ` Oscar`
+is one token in every tokenizer at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, pre_tokenizers
+
+from luthier.data.formats import BadRow, Conversation, Message
+from luthier.data.templates import Marks, Rendered, Segment, load_template, taught
+from luthier.errors import DataError
+from luthier.sections import DataSection
+
+ENCODER_VERSION = 1  # part of the cache's key: raise it when the same row would give other tokens
+REMEMBERED = 4096  # sections kept for the whole run: system prompts, role names, line breaks
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of training. ids: int32 [t]; supervised: bool [t], true where token j is a target (never token 0)."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """An example on its way to the cache. spans: token ranges [start, stop) that are supervised, in order."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    apart: int  # borders where a token straddled, so that the two sides were encoded apart
+    prompt: bytes  # digest of the text before the first answer (of the whole text, where all of it is taught)
+    row: bytes  # digest of the whole text
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.spans[0][0]
+
+
+class Section(NamedTuple):
+    """A stretch of text without special tokens: encoded as one. `head`: it begins a text (and its first word)."""
+
+    pieces: tuple[Segment, ...]
+    head: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+class Mark(NamedTuple):
+    """A special token of the template."""
+
+    id: int
+    supervised: bool
+
+
+class Encoder:
+    """A tokenizer with a template: rows and prompts → ids.
+
+    Errors: DataError where the tokenizer cannot serve the template, or does not encode the sections of a text as it
+    encodes the text itself.
+    """
+
+    def __init__(self, tokenizer: Any, section: DataSection, today: date) -> None:
+        special = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self.marks = Marks(
+            names=tuple(special),
+            eos=tokenizer.eos_token or "",
+            bos=tokenizer.bos_token or "",
+            wide={name: (token.lstrip, token.rstrip) for name, token in special.items()},
+        )
+        if not self.marks.eos:
+            raise DataError(
+                "this model's tokenizer names no end token (eos_token): an answer's end could not be taught"
+            )
+        self.template = load_template(section, self.marks, tokenizer.chat_template, today)
+        self.section = section
+        self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
+        self._special = set(self._ids.values())
+        self._head = _copy(tokenizer.backend_tokenizer)
+        self._inner, self._prefix_once = _without_prefix(self._head)
+        self._remembered: dict[tuple[bool, str], list[int]] = {}
+        self._check_against(tokenizer)
+        begun = tokenizer("")["input_ids"]
+        self._bos = [tokenizer.bos_token_id] if begun[:1] == [tokenizer.bos_token_id] else []
+        self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end()})
+        self._identity = {
+            "tokenizer": hashlib.sha256(self._head.to_str().encode()).hexdigest(),
+            "bos": self._bos,
+            "template": self.template.source,
+            "today": today.isoformat() if "strftime_now" in self.template.source else None,
+            "encoder": ENCODER_VERSION,
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides a row's ids beside the row and the section: for the cache's key and the run's record."""
+        return self._identity
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def render(self, conversation: Conversation) -> tuple[list[Rendered], bool]:
+        """The examples of a conversation, and whether the template made it one a turn. Errors: BadRow."""
+        return self.template.rows(conversation, taught(conversation.messages, self.section.supervise))
+
+    def text(self, rendered: Rendered) -> str:
+        """What is encoded, special tokens by name."""
+        return self.marks.restore("".join(segment.text for text in rendered for segment in text))
+
+    def encode(self, examples: Sequence[Rendered]) -> list[Encoded | BadRow]:
+        """Encode a batch of rendered examples; one without a supervised token comes back as a BadRow."""
+        plans = [self._plan(rendered) for rendered in examples]
+        known = self._encode_sections(unit for plan in plans for unit in plan if isinstance(unit, Section))
+        return [self._assemble(rendered, plan, known) for rendered, plan in zip(examples, plans, strict=True)]
+
+    def prompt(self, said: str | Sequence[Message], raw: bool) -> list[int]:
+        """The ids that generation starts from; a training row of the same prompt begins with the very same ones.
+
+        `raw`: `said` is text, taken as it is (special tokens in it are parsed), BOS by the tokenizer's rule. Else a
+        string is the user's turn under the template. Errors: DataError where the template refuses the messages.
+        """
+        if raw:
+            assert isinstance(said, str)
+            return self._flat([[Segment(said, False)]], strip=False)
+        messages = self._with_system(said) if isinstance(said, str) else list(said)
+        try:
+            return self._flat(self.template.prompt(messages), strip=True)
+        except BadRow as error:
+            raise DataError(f"prompt {str(said)[:60]!r}: {error}") from None
+
+    def _with_system(self, said: str) -> list[Message]:
+        system = [Message("system", self.section.system)] if self.section.system else []
+        return [*system, Message("user", self.section.before_prompt + said)]
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def _plan(self, rendered: Rendered) -> list[Section | Mark]:
+        """Cut every text at its special tokens."""
+        plan: list[Section | Mark] = []
+        for text in rendered:
+            head, pieces = True, list[Segment]()
+            for segment in text:
+                at = 0
+                for found in self.marks.pattern.finditer(segment.text):
+                    pieces.append(Segment(segment.text[at : found.start()], segment.supervised))
+                    plan += self._section(pieces, head)
+                    plan.append(Mark(self._ids[found.group().strip()], segment.supervised))
+                    head, pieces, at = False, [], found.end()
+                pieces.append(Segment(segment.text[at:], segment.supervised))
+            plan += self._section(pieces, head)
+        return plan
+
+    def _section(self, pieces: list[Segment], head: bool) -> list[Section]:
+        """Restore what messages spelt out, join neighbours of one kind, give blanks before an answer to the answer."""
+        joined: list[Segment] = []
+        for text, supervised in pieces:
+            text = self.marks.restore(text)
+            if joined and joined[-1].supervised == supervised:
+                joined[-1] = Segment(joined[-1].text + text, supervised)
+            elif joined and supervised:
+                kept = joined[-1].text.rstrip(" ")
+                blanks = joined[-1].text[len(kept) :]
+                joined[-1:] = [Segment(kept, False), Segment(blanks + text, True)]
+            else:
+                joined.append(Segment(text, supervised))
+        whole = tuple(piece for piece in joined if piece.text)
+        return [Section(whole, head or not self._prefix_once)] if whole else []
+
+    def _encode_sections(self, sections: Iterable[Section]) -> dict[tuple[bool, str], list[int]]:
+        """Ids of every section's text, and of the text before each of its borders; each distinct text once."""
+        wanted: dict[tuple[bool, str], int] = {}
+        for section in sections:
+            before = ""
+            for piece in section.pieces:
+                before += piece.text
+                wanted[section.head, before] = wanted.get((section.head, before), 0) + 1
+        known = self._remembered
+        fresh = [key for key in wanted if key not in known]
+        found: dict[tuple[bool, str], list[int]] = {}
+        for head, tokenizer in ((True, self._head), (False, self._inner)):
+            keys = [key for key in fresh if key[0] is head]
+            batch = tokenizer.encode_batch_fast([text for _, text in keys], add_special_tokens=False)
+            found.update((key, encoding.ids) for key, encoding in zip(keys, batch, strict=True))
+        for key, ids in found.items():
+            if wanted[key] > 1 and len(known) < REMEMBERED:
+                known[key] = ids
+        return {**found, **{key: known[key] for key in wanted if key in known}}
+
+    def _assemble(
+        self, rendered: Rendered, plan: list[Section | Mark], known: dict[tuple[bool, str], list[int]]
+    ) -> Encoded | BadRow:
+        parts: list[tuple[list[int], bool]] = []
+        apart = 0
+        for unit in plan:
+            if isinstance(unit, Mark):
+                parts.append(([unit.id], unit.supervised))
+                continue
+            pieces = self._cut(unit, known)
+            if pieces is None:
+                apart += 1
+                pieces = self._apart(unit)
+            parts += pieces
+        if self._bos and parts[0][0][:1] != self._bos:
+            parts.insert(0, (self._bos, False))
+        ids, spans = _joined(parts)
+        if not spans:
+            return BadRow("no token of it is supervised")
+        text = [segment for text in rendered for segment in text]
+        first_answer = next((i for i, segment in enumerate(text) if segment.supervised), 0) or len(text)
+        return Encoded(ids, spans, apart, _digest(s.text for s in text[:first_answer]), _digest(s.text for s in text))
+
+    def _cut(self, section: Section, known: dict[tuple[bool, str], list[int]]) -> list[tuple[list[int], bool]] | None:
+        """The section's ids by piece, or None where a token straddles a border."""
+        if len(section.pieces) == 1:
+            return [(known[section.head, section.text], section.pieces[0].supervised)]
+        whole, before, at = known[section.head, section.text], "", [0]
+        for piece in section.pieces:
+            before += piece.text
+            ids = known[section.head, before]
+            if whole[: len(ids)] != ids:
+                return None
+            at.append(len(ids))
+        return [
+            (whole[start:stop], piece.supervised)
+            for (start, stop), piece in zip(pairwise(at), section.pieces, strict=True)
+        ]
+
+    def _apart(self, section: Section) -> list[tuple[list[int], bool]]:
+        return [
+            ((self._inner if i or not section.head else self._head).encode(text, add_special_tokens=False).ids, flag)
+            for i, (text, flag) in enumerate(section.pieces)
+        ]
+
+    def _flat(self, rendered: Rendered, strip: bool) -> list[int]:
+        plan = self._plan(rendered)
+        if strip and plan and isinstance(plan[-1], Section):
+            last = plan.pop()
+            assert isinstance(last, Section)
+            plan += self._section([Segment(last.text.rstrip(" "), False)], last.head)
+        known = self._encode_sections(unit for unit in plan if isinstance(unit, Section))
+        ids = [i for unit in plan for i in ([unit.id] if isinstance(unit, Mark) else known[unit.head, unit.text])]
+        return ids if ids[:1] == self._bos else [*self._bos, *ids]
+
+    def count(self, text: str) -> tuple[int, list[int]]:
+        """Tokens of a plain text, and for each the character at which it ends."""
+        encoding = self._head.encode(text, add_special_tokens=False)
+        return len(encoding.ids), [stop for _, stop in encoding.offsets]
+
+    def plain_tokens(self, ids: Sequence[int]) -> int:
+        """How many of the ids are no special tokens."""
+        return sum(i not in self._special for i in ids)
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _turn_end(self) -> list[int]:
+        """The special token that closes an answer under the template, by rendering one."""
+        probe = Conversation((Message("user", "a"), Message("assistant", "b")))
+        if self.section.text is not None:
+            return []
+        try:
+            encoded = self.encode(self.template.rows(probe, taught(probe.messages, "answers")).examples)[0]
+        except BadRow as error:
+            raise DataError(
+                f"data.template: {self.template.name} cannot write one question and answer: {error}"
+            ) from None
+        assert isinstance(encoded, Encoded)
+        last = encoded.ids[encoded.spans[-1][1] - 1]
+        return [last] if last in self._special else []
+
+    def _check_against(self, tokenizer: Any) -> None:
+        """Sections encoded one by one must be what the tokenizer itself makes of the whole text."""
+        self._bos = []
+        for text in ("Ab c{0}d 中 {0}\ne", "{0}x{0}  y", "no mark, 两 words"):
+            probe = text.format(self.marks.eos)
+            expected = tokenizer.encode(probe, add_special_tokens=False)
+            if self._flat([[Segment(probe, False)]], strip=False) != expected:
+                raise DataError(
+                    f"this tokenizer ({type(tokenizer).__name__}) encodes text around special tokens unlike its parts"
+                )
+
+
+def _without_prefix(head: Tokenizer) -> tuple[Tokenizer, bool]:
+    """The tokenizer without SentencePiece's blank before the first word, and whether only a text's start has it."""
+    pre = head.pre_tokenizer
+    if isinstance(pre, pre_tokenizers.Metaspace) and pre.prepend_scheme != "never":
+        inner = _copy(head)
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(pre.replacement, prepend_scheme="never", split=pre.split)
+        return inner, pre.prepend_scheme == "first"
+    layout = json.loads(head.normalizer.__getstate__()) if head.normalizer else {}
+    parts = layout.get("normalizers", [])
+    if any(part["type"] == "Prepend" for part in parts):
+        whole = json.loads(head.to_str())
+        whole["normalizer"]["normalizers"] = [part for part in parts if part["type"] != "Prepend"]
+        return _copy(head, json.dumps(whole)), False
+    return head, False
+
+
+def _copy(tokenizer: Tokenizer, layout: str | None = None) -> Tokenizer:
+    """A tokenizer of our own, in which a text never yields special tokens."""
+    own = Tokenizer.from_str(layout or tokenizer.to_str())
+    own.no_padding()
+    own.no_truncation()
+    own.encode_special_tokens = True
+    return own
+
+
+def _joined(parts: list[tuple[list[int], bool]]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids in one list, supervised ranges joined where they touch; token 0 has nothing to be predicted from."""
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for piece, supervised in parts:
+        start, stop = max(len(ids), 1), len(ids) + len(piece)
+        ids += piece
+        if not supervised or start >= stop:
+            continue
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], stop)
+        else:
+            spans.append((start, stop))
+    return ids, spans
+
+
+def _digest(texts: Iterable[str]) -> bytes:
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.digest()

@@ -1,0 +1,77 @@
+"""Encoded sources, and the rows chosen from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from luthier.data.cache import Store
+from luthier.data.encode import Example
+from luthier.data.formats import Format
+
+OK, CUT, TOO_LONG, BAD = range(4)  # a row's fate, as the cache holds it
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of data.train (or data.eval), encoded."""
+
+    path: str
+    files: list[Path]
+    format: Format
+    weight: float
+    sha256: str
+    store: Store
+
+    def origin(self, row: int) -> str:
+        """`file:line` of a row of the store."""
+        return f"{self.files[self.store.value('file', row)].name}:{self.store.value('line', row)}"
+
+
+class Examples:
+    """Rows of training, read from the cache when they are asked for.
+
+    lengths: int32 [n] tokens a row; supervised: int32 [n] targets a row.
+    """
+
+    def __init__(self, sources: Sequence[Source], chosen: np.ndarray) -> None:
+        """`chosen`: int64 [n, 2], which source and which of its rows."""
+        self._sources = sources
+        self.chosen = chosen
+        self.lengths = self.column(lambda store: store.lengths)
+        self.supervised = self.column(lambda store: store.supervised)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> Example:
+        store, row = self._at(i)
+        ids = store.ids(row)
+        supervised = np.zeros(len(ids), dtype=bool)
+        for start, stop in store.spans(row):
+            supervised[start:stop] = True
+        return Example(ids, supervised)
+
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """The supervised token ranges [start, stop) of row i."""
+        store, row = self._at(i)
+        return store.spans(row)
+
+    def origin(self, i: int) -> str:
+        """`file:line` of row i."""
+        number, row = self.chosen[i]
+        return self._sources[number].origin(int(row))
+
+    def column(self, of: Callable[[Store], np.ndarray]) -> np.ndarray:
+        """A column of the cache for these rows, [n]."""
+        columns = [of(source.store) for source in self._sources]
+        parts = np.array([0, *(len(column) for column in columns)]).cumsum()
+        whole = np.concatenate(columns) if columns else np.zeros(0, np.int64)
+        return np.asarray(whole[parts[self.chosen[:, 0]] + self.chosen[:, 1]])
+
+    def _at(self, i: int) -> tuple[Store, int]:
+        number, row = self.chosen[i]
+        return self._sources[number].store, int(row)

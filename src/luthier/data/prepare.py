@@ -1,0 +1,336 @@
+"""The data path in one story: sources → rows → conversations → examples, cached; then sample, split, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+
+from luthier import hub
+from luthier.data.cache import SCHEMA, cached, key_of
+from luthier.data.cut import excess, shorten
+from luthier.data.encode import Encoded, Encoder
+from luthier.data.examples import BAD, CUT, OK, TOO_LONG, Examples, Source
+from luthier.data.formats import BadRow, Conversation, Format, recognise, to_conversation
+from luthier.data.sources import Rejected, Row, fingerprint, open_source
+from luthier.data.split import eval_part, ranges, sampled, usable
+from luthier.errors import DataError
+from luthier.folder import write_atomic
+from luthier.sections import DataFile, DataSection
+
+ROWS_AT_ONCE = 1024
+LOOKED_AT = 100  # rows that decide the format
+SHOWN = 5  # bad rows named in an error
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from. train_sources: (start, stop, weight) of each file's rows in `train`."""
+
+    train: Examples
+    eval: Examples | None
+    train_sources: list[tuple[int, int, float]]
+    report: dict[str, Any]
+    rejected: list[Rejected]
+
+
+def prepare(section: DataSection, encoder: Encoder, today: date, say: Callable[[str], None]) -> Data:
+    """Encode (or take from the cache) everything that the recipe's data section names.
+
+    Errors: DataError for a file, a row or a length that the recipe does not allow.
+    """
+    train = [_source(entry, section, encoder, say) for entry in _entries(section.train)]
+    held = [_source(entry, section, encoder, say) for entry in _entries(section.eval)] if _is_file(section) else []
+    for source in [*train, *held]:
+        _check_rows(source, section)
+    everything = Examples(train, usable(train))
+    if section.sample is not None:
+        everything = Examples(train, sampled(everything, section))
+    is_eval = np.zeros(len(everything), dtype=bool) if held else eval_part(everything, section)
+    kept = Examples(train, everything.chosen[~is_eval])
+    if len(kept) == 0:
+        raise DataError(f"data.eval: {section.eval} leaves no row for training ({len(everything)} rows in all)")
+    evaluation = Examples(held, usable(held)) if held else Examples(train, everything.chosen[is_eval])
+    if section.write_text is not None:
+        _write_text(Path(section.write_text), kept, train, section, encoder)
+    return Data(
+        train=kept,
+        eval=evaluation if len(evaluation) else None,
+        train_sources=ranges(kept, train),
+        report=_report(train, held, kept, evaluation, encoder, today),
+        rejected=[rejected for source in [*train, *held] for rejected in _rejected(source)],
+    )
+
+
+def _entries(given: Any) -> list[DataFile]:
+    listed = given if isinstance(given, list) else [given]
+    return [entry if isinstance(entry, DataFile) else DataFile(path=entry) for entry in listed]
+
+
+def _is_file(section: DataSection) -> bool:
+    return isinstance(section.eval, str)
+
+
+# -- one source ------------------------------------------------------------------------------------------------------
+
+
+def _source(entry: DataFile, section: DataSection, encoder: Encoder, say: Callable[[str], None]) -> Source:
+    files = hub.data_files(entry.path, Path.cwd(), say)
+    columns = entry.columns or section.columns
+    first = list(islice((row for file in files for row in open_source(file) if isinstance(row, Row)), LOOKED_AT))
+    if not first:
+        raise DataError(f"{entry.path}: not one row of it can be read; the first problem is {_first_problem(files)}")
+    shape = recognise(first, section, columns)
+    sha256 = fingerprint(files)
+    key = key_of(
+        {
+            "source": sha256,
+            "format": [shape.name, shape.columns.model_dump()],
+            "section": section.model_dump(include=_DECIDING),
+            "encoder": encoder.identity,
+            "tokenizers": tokenizers.__version__,
+        }
+    )
+    began = time.monotonic()
+    store, warm = cached(key, lambda: _encode_source(files, shape, section, encoder, say), say)
+    took = "from the cache" if warm else f"encoded in {time.monotonic() - began:.1f} s"
+    say(f"data: {_short(entry.path)}: {len(store):,} rows {took}; {shape.how}")
+    return Source(entry.path, files, shape, entry.weight, sha256, store)
+
+
+# What of the section changes a row's ids; seed, sample and split stand on top of the cache.
+_DECIDING = {
+    "join",
+    "before_prompt",
+    "text",
+    "system",
+    "supervise",
+    "max_length",
+    "max_prompt",
+    "max_answer",
+    "too_long",
+}
+
+
+def _first_problem(files: Sequence[Path]) -> str:
+    for file in files:
+        for row in open_source(file):
+            if isinstance(row, Rejected):
+                return f"{Path(row.file).name}:{row.line}: {row.reason}"
+    return "that it is empty"
+
+
+def _encode_source(
+    files: Sequence[Path], shape: Format, section: DataSection, encoder: Encoder, say: Callable[[str], None]
+) -> Iterator[pa.RecordBatch]:
+    done, told, began = 0, time.monotonic(), time.monotonic()
+    rows = ((number, row) for number, file in enumerate(files) for row in open_source(file))
+    while batch := list(islice(rows, ROWS_AT_ONCE)):
+        records = _encode_rows(batch, shape, section, encoder)
+        yield pa.RecordBatch.from_pylist(records, schema=SCHEMA)
+        done += len(batch)
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            say(f"data: {done:,} rows encoded, {done / (told - began):,.0f} rows/s")
+
+
+def _encode_rows(
+    batch: Sequence[tuple[int, Row | Rejected]], shape: Format, section: DataSection, encoder: Encoder
+) -> list[dict[str, Any]]:
+    """A batch of rows → records of the cache, in order: one an example, one for a row that is bad or too long."""
+    rendered: list[Any] = []  # per row: (conversation, examples, split) or the reason against it
+    for _, row in batch:
+        try:
+            if isinstance(row, Rejected):
+                raise BadRow(row.reason)
+            conversation = to_conversation(row, shape, section)
+            examples, split = encoder.render(conversation)
+            rendered.append((conversation, examples, split))
+        except BadRow as error:
+            rendered.append(str(error))
+    encoded = iter(encoder.encode([e for one in rendered if not isinstance(one, str) for e in one[1]]))
+    records = []
+    for (file, row), one in zip(batch, rendered, strict=True):
+        where = {**_EMPTY, "file": file, "line": row.line}
+        if isinstance(one, str):
+            records.append({**where, "status": BAD, "reason": one, "raw": _raw(row)})
+            continue
+        conversation, examples, split = one
+        for _ in examples:
+            records.append(_record(next(encoded), conversation, split, row, where, encoder))
+    return records
+
+
+_EMPTY: dict[str, Any] = {
+    **{name: [] for name in ("ids", "starts", "stops")},
+    **{name: 0 for name in ("apart", "lost", "prompt", "row")},
+    **{"split": False, "reason": None, "raw": None},
+}
+
+
+def _record(
+    encoded: Encoded | BadRow,
+    conversation: Conversation,
+    split: bool,
+    row: Row | Rejected,
+    where: dict[str, Any],
+    encoder: Encoder,
+) -> dict[str, Any]:
+    if isinstance(encoded, BadRow):
+        return {**where, "status": BAD, "reason": str(encoded), "raw": _raw(row)}
+    status, lost = OK, 0
+    what, over = excess(encoded, encoder)
+    if what:
+        reason = f"its {what} is {over} tokens too long ({len(encoded.ids)} in all)"
+        whole = encoded.answer_tokens
+        cuttable = encoder.section.too_long == "cut" and not split
+        shorter = shorten(conversation, encoder, lambda c: _encode_one(c, encoder)) if cuttable else None
+        if shorter is None:
+            return {**where, "status": TOO_LONG, "reason": reason, "lost": whole}
+        encoded, status, lost = shorter, CUT, whole - shorter.answer_tokens
+    return {
+        **where,
+        "status": status,
+        "ids": encoded.ids,
+        "starts": [start for start, _ in encoded.spans],
+        "stops": [stop for _, stop in encoded.spans],
+        "apart": encoded.apart,
+        "split": split,
+        "lost": lost,
+        "prompt": int.from_bytes(encoded.prompt, "little"),
+        "row": int.from_bytes(encoded.row, "little"),
+    }
+
+
+def _encode_one(conversation: Conversation, encoder: Encoder) -> Encoded | None:
+    try:
+        examples, split = encoder.render(conversation)
+    except BadRow:
+        return None
+    encoded = encoder.encode(examples)[0]
+    return encoded if isinstance(encoded, Encoded) and not split else None
+
+
+def _raw(row: Row | Rejected) -> str:
+    if isinstance(row, Rejected):
+        return row.row
+    return json.dumps(row.values, ensure_ascii=False, default=str)[:200]
+
+
+# -- what a recipe allows --------------------------------------------------------------------------------------------
+
+
+def _check_rows(source: Source, section: DataSection) -> None:
+    """Errors: DataError for bad rows (unless they are skipped), rows too long (as the policy says), no row left."""
+    status = source.store.column("status")
+    total, name = len(status), _short(source.path)
+    bad, long = np.flatnonzero(status == BAD), np.flatnonzero(status == TOO_LONG)
+    if len(bad) == total:
+        raise DataError(f"{name}: all {total:,} rows are bad:\n{_named(source, bad)}")
+    if len(bad) and section.bad_rows == "error":
+        raise DataError(
+            f"{name}: {len(bad):,} of {total:,} rows cannot be used; put them right, or data.bad_rows: skip leaves "
+            f"them out and lists them in rejected.jsonl:\n{_named(source, bad)}"
+        )
+    if len(long) and section.too_long == "error":
+        raise DataError(
+            f"{name}: {len(long):,} rows are longer than data.max_length {section.max_length} allows "
+            f"(or max_prompt, max_answer), and too_long is error:\n{_named(source, long)}"
+        )
+    if len(long) * 2 > total - len(bad):
+        raise DataError(
+            f"{name}: {len(long):,} of {total - len(bad):,} rows are too long and would be dropped, more than half; "
+            f"raise data.max_length (now {section.max_length}) or set data.too_long: cut\n{_named(source, long)}"
+        )
+
+
+def _named(source: Source, rows: np.ndarray) -> str:
+    lines = [f"  {source.origin(int(row))}: {source.store.value('reason', int(row))}" for row in rows[:SHOWN]]
+    if len(rows) > SHOWN:
+        lines.append(f"  … and {len(rows) - SHOWN:,} more")
+    return "\n".join(lines)
+
+
+def _rejected(source: Source) -> Iterator[Rejected]:
+    status = source.store.column("status")
+    for row in np.flatnonzero((status == BAD) | (status == TOO_LONG)).tolist():
+        file, line = source.origin(row).rsplit(":", 1)
+        raw = source.store.value("raw", row) if status[row] == BAD else ""
+        yield Rejected(file, int(line), source.store.value("reason", row), raw)
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    train: Sequence[Source],
+    held: Sequence[Source],
+    kept: Examples,
+    evaluation: Examples,
+    encoder: Encoder,
+    today: date,
+) -> dict[str, Any]:
+    """What data.json holds."""
+    sources = [*train, *held]
+    fates = Counter[int]()
+    for source in sources:
+        fates.update(source.store.column("status").tolist())
+    numbers = {name: sum(int(s.store.column(name).sum()) for s in sources) for name in ("apart", "split", "lost")}
+    return {
+        "sources": [
+            {
+                "path": source.path,
+                "part": "eval" if source in held else "train",
+                "sha256": source.sha256,
+                "rows": len(source.store),
+                "weight": source.weight,
+                "format": source.format.name,
+                "columns": source.format.columns.model_dump(exclude_none=True),
+                "how": source.format.how,
+            }
+            for source in sources
+        ],
+        "template": encoder.template.name,
+        "template_sha256": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+        "end_ids": encoder.end_ids,
+        "today": today.isoformat(),
+        "train_rows": len(kept),
+        "eval_rows": len(evaluation),
+        "train_tokens": int(kept.lengths.sum()),
+        "supervised_tokens": int(kept.supervised.sum()),
+        "longest": int(kept.lengths.max()),
+        "bad": fates[BAD],
+        "dropped_for_length": fates[TOO_LONG],
+        "cut": fates[CUT],
+        "answer_tokens_lost": numbers["lost"],
+        "one_example_a_turn": numbers["split"],
+        "borders_encoded_apart": numbers["apart"],
+    }
+
+
+def _write_text(path: Path, kept: Examples, sources: Sequence[Source], section: DataSection, encoder: Encoder) -> None:
+    """Write the chosen rows, rendered, as JSON lines {"text": …}, in the order of the files."""
+    chosen = {(int(n), sources[n].origin(int(row))) for n, row in kept.chosen}
+    lines = []
+    for number, source in enumerate(sources):
+        for file in source.files:
+            for row in open_source(file):
+                if isinstance(row, Row) and (number, f"{file.name}:{row.line}") in chosen:
+                    examples, _ = encoder.render(to_conversation(row, source.format, section))
+                    lines += [json.dumps({"text": encoder.text(e)}, ensure_ascii=False) for e in examples]
+    write_atomic(path, "".join(line + "\n" for line in lines))
+
+
+def _short(path: str) -> str:
+    return path if ":" in path.split("/")[0] else Path(path).name

@@ -1,0 +1,368 @@
+"""Conversation → segments: the one renderer for training, trying, comparing and serving.
+
+A row becomes one or more *texts*; each text is encoded once, by itself, as a list of segments that say what is
+supervised. Templates whose vendors encode prompt and answer apart (yuan2, glm3, glm3_pair) simply give several texts.
+Special tokens stand in a text by name and are parsed there; what a message says is *protected* first, so that a
+user who typed `<|im_end|>` has typed text.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from luthier.data.formats import BadRow, Conversation, Message
+from luthier.data.jinja import compile_chat_template
+from luthier.errors import DataError
+from luthier.sections import DataSection
+
+# Two of Unicode's noncharacters, which no text may contain: what lies between them is the number of a special
+# token that a message spelt out.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+PROTECTED = re.compile(f"{OPEN}(\\d+){CLOSE}")
+
+
+class Segment(NamedTuple):
+    """A stretch of a text. `supervised`: the model is taught to write it."""
+
+    text: str
+    supervised: bool
+
+
+Text = list[Segment]  # encoded once, as a whole
+Rendered = list[Text]  # the texts of one example, in order
+
+
+class Rows(NamedTuple):
+    """What one conversation becomes: usually one example; one a supervised turn where the template forbids that."""
+
+    examples: list[Rendered]
+    split: bool
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The special tokens of a tokenizer: they are parsed in a template's own text, and never in a message's."""
+
+    names: tuple[str, ...]
+    eos: str
+    bos: str
+    wide: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)  # swallows white space to its left, right
+    pattern: re.Pattern[str] = field(init=False)  # for a template's text
+    spelt: re.Pattern[str] = field(init=False)  # for a message's text
+
+    def __post_init__(self) -> None:
+        longest_first = sorted(self.names, key=len, reverse=True)
+        spelt = {name: re.escape(name) for name in longest_first}
+        for name, (left, right) in self.wide.items():
+            spelt[name] = r"\s*" * left + spelt[name] + r"\s*" * right
+        object.__setattr__(self, "pattern", re.compile("|".join(spelt.values()) or r"(?!)"))
+        object.__setattr__(self, "spelt", re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"))
+
+    def protect(self, content: str) -> str:
+        """Replace special tokens spelt out in a message by stand-ins. Errors: BadRow where one stands already."""
+        if OPEN in content or CLOSE in content:
+            raise BadRow("holds U+FDD0 or U+FDD1, which are no characters")
+        if self.spelt.search(content) is None:
+            return content
+        return self.spelt.sub(lambda found: f"{OPEN}{self.names.index(found.group())}{CLOSE}", content)
+
+    def restore(self, text: str) -> str:
+        """Put the spelt-out names back, as plain text."""
+        return PROTECTED.sub(lambda found: self.names[int(found.group(1))], text) if OPEN in text else text
+
+    def need(self, template: str, *names: str) -> None:
+        """Errors: DataError when the tokenizer lacks a special token of the template."""
+        missing = [name for name in names if name not in self.names]
+        if missing:
+            raise DataError(
+                f"data.template: {template} needs the special token {missing[0]}, which this model's tokenizer lacks; "
+                "use template: plain, a text pattern, or a model that was trained with it"
+            )
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written for the model.
+
+    rows(conversation, which): its examples, where `which[i]` says whether message i is supervised.
+    prompt(messages): the texts up to the answer to be generated.
+    source: what the cache and the run's record know it by.
+    """
+
+    name: str
+    source: str
+    rows: Callable[[Conversation, Sequence[bool]], Rows]
+    prompt: Callable[[Sequence[Message]], Rendered]
+    raw: bool = False  # a text pattern without an answer: a prompt is a beginning, not a user's turn
+    jinja: str | None = None  # the chat template to save with the tokenizer, for other tools
+
+
+def load_template(section: DataSection, marks: Marks, chat_template: str | None, today: date) -> Template:
+    """The template that the recipe asks for. Errors: DataError where the tokenizer cannot serve it."""
+    if section.text is not None:
+        return _pattern(section, marks)
+    name = section.template
+    if name == "auto":
+        if not chat_template:
+            raise DataError(
+                "data.template: auto takes the tokenizer's own chat template, and this one has none; name one of "
+                f"{', '.join(NAMED)}, a .jinja file, or give data.text"
+            )
+        return _jinja("auto", chat_template, marks, today)
+    if name in NAMED:
+        return _named(name, marks, today)
+    path = Path(name)
+    try:
+        return _jinja(path.name, path.read_text(encoding="utf-8"), marks, today)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.template: {path} cannot be read ({error})") from None
+
+
+def taught(messages: Sequence[Message], supervise: str) -> list[bool]:
+    """Which messages are supervised: every answer or the last, but none that says `"train": false`.
+
+    A row of a text pattern has no messages; there the one entry says whether the prompt is supervised as well.
+    """
+    if not messages:
+        return [supervise == "all"]
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    chosen = answers[-1:] if supervise == "last_answer" else answers
+    return [supervise == "all" or (i in chosen and message.train is not False) for i, message in enumerate(messages)]
+
+
+# -- the tokenizer's own template, and .jinja files ------------------------------------------------------------------
+
+
+def _jinja(name: str, source: str, marks: Marks, today: date) -> Template:
+    render = compile_chat_template(source, today, bos_token=marks.bos, eos_token=marks.eos)
+
+    def protected(messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [{"role": message.role, "content": marks.protect(message.content)} for message in messages]
+
+    def one(messages: list[dict[str, Any]], which: Sequence[bool]) -> Text | None:
+        """One text for the whole conversation, or None where a later message changes how an earlier one is written."""
+        full = render(messages, False)
+        spans, done = [], 0
+        for i, supervised in enumerate(which):
+            if not supervised:
+                continue
+            before = render(messages[:i], True)
+            upto = full if i == len(messages) - 1 else render(messages[: i + 1], False)
+            if not (upto.startswith(before) and full.startswith(upto) and done <= len(before)):
+                return None
+            spans.append((len(before), len(before) + _end_of_turn(upto[len(before) :], marks)))
+            done = spans[-1][1]
+        return _with_end(_cut_at(full, spans), marks)
+
+    def turn(messages: list[dict[str, Any]], i: int) -> Text:
+        """Message i as it would be generated: the conversation up to it, then its own words and the end token."""
+        text = one(messages[: i + 1], [j == i for j in range(i + 1)])
+        if text is not None:
+            return text
+        return [Segment(render(messages[:i], True), False), Segment(messages[i]["content"] + marks.eos, True)]
+
+    def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
+        messages = protected(conversation.messages)
+        if all(which):
+            return Rows([[_with_end([Segment(render(messages, False), True)], marks)]], split=False)
+        text = one(messages, which)
+        if text is not None:
+            return Rows([[text]], split=False)
+        return Rows([[turn(messages, i)] for i, supervised in enumerate(which) if supervised], split=True)
+
+    def prompt(messages: Sequence[Message]) -> Rendered:
+        return [[Segment(render(protected(messages), True), False)]]
+
+    return Template(name, source, rows, prompt, jinja=source)
+
+
+def _end_of_turn(answer: str, marks: Marks) -> int:
+    """Where a rendered answer ends: behind its first special token, or before the white space that follows it."""
+    found = marks.pattern.search(answer)
+    return found.end() if found else len(answer.rstrip())
+
+
+def _cut_at(text: str, spans: Sequence[tuple[int, int]]) -> Text:
+    segments, at = [], 0
+    for start, stop in spans:
+        segments += [Segment(text[at:start], False), Segment(text[start:stop], True)]
+        at = stop
+    segments.append(Segment(text[at:], False))
+    return [segment for segment in segments if segment.text]
+
+
+def _with_end(segments: Text, marks: Marks) -> Text:
+    """A template that closes its last answer with no special token would never teach the end: add the tokenizer's."""
+    last = max((i for i, segment in enumerate(segments) if segment.supervised), default=None)
+    if last is None or marks.pattern.search(segments[last].text):
+        return segments
+    return [*segments[: last + 1], Segment(marks.eos, True)]
+
+
+# -- a pattern over the columns --------------------------------------------------------------------------------------
+
+
+def pattern_names(pattern: str) -> list[str]:
+    """The columns that a text pattern names, in order. Errors: DataError where it cannot be read."""
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+    except ValueError as error:
+        raise DataError(f"data.text: {pattern!r} is no pattern ({error}); write {{{{ and }}}} for braces") from None
+
+
+def _pattern(section: DataSection, marks: Marks) -> Template:
+    pattern = section.text or ""
+    names = pattern_names(pattern)
+    answers = ["response", section.columns.response if section.columns else None]
+    answer = next((name for name in answers if name in names), None)
+    head, tail = (pattern, "") if answer is None else _parted(pattern, answer)
+
+    def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
+        fields = {name: marks.protect(value) for name, value in conversation.fields.items()}
+        if answer is None:
+            return Rows([[[Segment(pattern.format_map(fields) + marks.eos, True)]]], split=False)
+        said = fields[answer] + tail.format_map(fields) + marks.eos
+        return Rows([[[Segment(head.format_map(fields), all(which)), Segment(said, True)]]], split=False)
+
+    def prompt(messages: Sequence[Message]) -> Rendered:
+        asked = set(pattern_names(head))
+        if answer is None or len(asked) != 1:
+            raise DataError(f"data.text: {pattern!r} has no single column for a user's turn; give the prompt raw")
+        return [[Segment(head.format_map({asked.pop(): marks.protect(messages[-1].content)}), False)]]
+
+    return Template("text", f"{pattern} → {answer}", rows, prompt, raw=answer is None)
+
+
+def _parted(pattern: str, answer: str) -> tuple[str, str]:
+    """The pattern before and behind its answer column, braces still doubled."""
+    before, name, behind = pattern.partition("{" + answer + "}")
+    if not name:
+        raise DataError(f"data.text: write the answer column as {{{answer}}}, without a format")
+    return before, behind
+
+
+# -- named templates -------------------------------------------------------------------------------------------------
+
+
+CHATML = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# For base models: the turns with a line break between them, each answer closed by the end token.
+PLAIN = """\
+{% for message in messages %}{{ '' if loop.first else '\\n' }}{{ message['content'] }}\
+{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '\\n' }}{% endif %}"""
+
+
+def _llama2(marks: Marks) -> Template:
+    """Meta's own: each exchange is a text of its own between BOS and EOS, the system prompt inside the first."""
+    begin = [Segment(marks.bos, False)]
+
+    def asked(messages: Sequence[Message], i: int) -> str:
+        said = marks.protect(messages[i].content.strip())
+        if i and messages[i - 1].role == "system":
+            said = f"<<SYS>>\n{marks.protect(messages[i - 1].content)}\n<</SYS>>\n\n{said}"
+        return f"[INST] {said} [/INST]"
+
+    def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
+        messages = conversation.messages
+        _alternating("llama2", messages)
+        texts = []
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            answer = f" {marks.protect(message.content.strip())} {marks.eos}"
+            texts += [begin, [Segment(asked(messages, i - 1), all(which)), Segment(answer, which[i])]]
+        return Rows([texts], split=False)
+
+    def prompt(messages: Sequence[Message]) -> Rendered:
+        earlier = rows(Conversation(tuple(messages[:-1])), [False] * (len(messages) - 1)).examples[0]
+        return [*earlier, begin, [Segment(asked(messages, len(messages) - 1), False)]]
+
+    return Template("llama2", "llama2", rows, prompt)
+
+
+def _glm3(marks: Marks) -> Template:
+    """ChatGLM3's chat: role mark, metadata and content, each encoded by itself; the next role mark ends an answer."""
+    roles = ("user", "assistant", "system", "observation")
+    marks.need("glm3", "[gMASK]", "sop", *(f"<|{role}|>" for role in roles))
+
+    def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
+        texts: Rendered = [[Segment("[gMASK]sop", all(which))]]
+        ends_answer = all(which)
+        for message, supervised in zip(conversation.messages, which, strict=True):
+            if message.role not in roles:
+                raise BadRow(f"the glm3 template has no role {message.role!r}")
+            texts += [
+                [Segment(f"<|{message.role}|>", ends_answer)],
+                [Segment("\n", supervised)],
+                [Segment(marks.protect(message.content), supervised)],
+            ]
+            ends_answer = supervised
+        return Rows([[*texts, [Segment(marks.eos, ends_answer)]]], split=False)
+
+    def prompt(messages: Sequence[Message]) -> Rendered:
+        said = rows(Conversation(tuple(messages)), [False] * len(messages)).examples[0]
+        return [*said[:-1], [Segment("<|assistant|>", False)]]
+
+    return Template("glm3", "glm3", rows, prompt)
+
+
+def _pair(name: str, marks: Marks, begin: str, between: str, end: str) -> Template:
+    """Question and answer encoded apart, without roles: `begin` question `between` answer `end`."""
+
+    def asked(messages: Sequence[Message]) -> Rendered:
+        said = "\n".join(message.content for message in messages)
+        return [[Segment(begin, False)]] * bool(begin) + [[Segment(marks.protect(said) + between, False)]]
+
+    def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
+        *question, answer = conversation.messages
+        if any(message.role == "assistant" for message in question):
+            raise BadRow(f"the {name} template takes one question and one answer, and this row has more turns")
+        texts = asked(question) + [[Segment(marks.protect(answer.content) + end, which[-1])]]
+        return Rows([[[Segment(s.text, s.supervised or all(which)) for s in text] for text in texts]], split=False)
+
+    return Template(name, name, rows, asked)
+
+
+def _glm3_pair(marks: Marks) -> Template:
+    marks.need("glm3_pair", "[gMASK]", "sop")
+    return _pair("glm3_pair", marks, begin="[gMASK]sop", between="", end=marks.eos)
+
+
+def _yuan2(marks: Marks) -> Template:
+    marks.need("yuan2", "<sep>", "<eod>")
+    return _pair("yuan2", marks, begin="", between="<sep>", end="<eod>")
+
+
+def _alternating(name: str, messages: Sequence[Message]) -> None:
+    roles = [message.role for message in messages if message.role != "system"]
+    if roles != ["user", "assistant"] * (len(roles) // 2) or any(m.role == "system" for m in messages[1:]):
+        raise BadRow(f"the {name} template takes user and assistant in turn, a system prompt only first")
+
+
+NAMED = ("chatml", "llama2", "glm3", "glm3_pair", "yuan2", "plain")
+
+
+def _named(name: str, marks: Marks, today: date) -> Template:
+    match name:
+        case "chatml":
+            marks.need("chatml", "<|im_start|>", "<|im_end|>")
+            return _jinja("chatml", CHATML, marks, today)
+        case "plain":
+            return _jinja("plain", PLAIN, marks, today)
+        case "llama2":
+            return _llama2(marks)
+        case "glm3":
+            return _glm3(marks)
+        case "glm3_pair":
+            return _glm3_pair(marks)
+        case _:
+            return _yuan2(marks)
