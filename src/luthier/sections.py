@@ -1,31 +1,56 @@
 """The vocabulary of a run: one small frozen section for each part of a recipe.
 
 The docstring under a field is its help text: `luthier recipe schema` and the docs are generated from it.
-No section knows another; what needs two of them is checked in `recipe.py`.
+One field is checked here; what needs two of them is checked in `conflicts.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import string
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+JinjaFile = Annotated[str, Field(pattern=r"\.(jinja|j2)$", description="a .jinja file")]
 
 
 class Section(BaseModel):
-    """Strict and frozen: an unknown key is an error, nothing changes after loading."""
+    """Strict and frozen: an unknown key is an error, "16" is no number, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def pattern_columns(pattern: str) -> list[str]:
+    """The columns that a text pattern names, in order: "Quote: {quote}" names quote. `{{` and `}}` are braces.
+
+    Errors: ValueError where a brace is not closed, or holds more than a column's name.
+    """
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise ValueError(f"is no pattern ({error}); write {{{{ and }}}} for braces that are text") from None
+    for _, name, form, conversion in parts:
+        if name is not None and (not name or form or conversion or set(name) & set(".[")):
+            raise ValueError(
+                "is no pattern: braces hold a column's name and nothing else; write {{ and }} for braces that are text"
+            )
+    return [name for _, name, _, _ in parts if name is not None]
 
 
 class ModelSection(Section):
     """Which model, and in which number format its weights are held."""
 
-    name: str
+    name: Text
     """`hf:owner/name` (the default prefix), `modelscope:owner/name`, or a folder (relative to the recipe's file)."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit on the hub; null takes the hub's default."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights; auto is the checkpoint's own where the device can compute in it, and said."""
@@ -36,22 +61,22 @@ class ModelSection(Section):
 class Columns(Section):
     """Which columns of a row are the prompt, the answer and the system prompt."""
 
-    prompt: str | list[str] | None = None
+    prompt: Text | Texts | None = None
     """Column, or columns in order; empty ones are skipped, the others joined with `data.join`."""
-    response: str | None = None
+    response: Text | None = None
     """Column of the answer."""
-    system: str | None = None
+    system: Text | None = None
     """Column of the system prompt."""
-    history: str | None = None
+    history: Text | None = None
     """Column of earlier turns: a list of [question, answer]."""
-    messages: str | None = None
+    messages: Text | None = None
     """Column of a list of messages (OpenAI's or ShareGPT's shape)."""
 
 
 class DataFile(Section):
     """One data source among several."""
 
-    path: str
+    path: Text
     """A file, a folder, `hf:owner/name[split]` or `modelscope:owner/name[split]`."""
     weight: float = Field(default=1.0, gt=0)
     """Draws weight × its rows each epoch."""
@@ -62,9 +87,10 @@ class DataFile(Section):
 class DataSection(Section):
     """Where the rows come from, what the model sees of them, and what it is taught."""
 
-    train: str | list[str | DataFile]
-    """A file (json jsonl csv tsv parquet txt; gzip zstd), a list of files, a folder, `hf:id[split]`, `modelscope:id`."""
-    eval: float | int | str | None = None
+    train: Text | Annotated[list[Text | DataFile], Field(min_length=1)]
+    """A file (json jsonl csv tsv parquet txt; gzip zstd), a folder, `hf:id[split]`, `modelscope:id[split]`,
+    or a list of these and of {path, weight, columns}."""
+    eval: Share | PositiveInt | Text | None = None
     """A share (0 < x < 1), a number of rows, or a file; split by a hash of the prompt: duplicates never straddle."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text"] = "auto"
     """Shape of a row; `auto` recognises each and says which."""
@@ -74,9 +100,9 @@ class DataSection(Section):
     """Put between prompt columns; empty columns are skipped."""
     before_prompt: str = ""
     """Text put before every row's prompt."""
-    template: str = "auto"
-    """auto (the tokenizer's own) | chatml | llama2 | glm3 | glm3_pair | yuan2 | plain | a .jinja file."""
-    text: str | None = None
+    template: Literal["auto", "chatml", "llama2", "glm3", "glm3_pair", "yuan2", "plain"] | JinjaFile = "auto"
+    """How a conversation is written for the model; auto is the tokenizer's own template."""
+    text: Text | None = None
     """Instead of a template: a pattern over the columns, as in "Quote: {quote}\\nAuthor: {author}"."""
     system: str | None = None
     """System prompt of rows that bring none."""
@@ -94,18 +120,16 @@ class DataSection(Section):
     """Take this many rows at random (seeded) instead of all."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used stops the run, or is written to rejected.jsonl with the reason."""
-    write_text: str | None = None
+    write_text: Text | None = None
     """Write the rendered rows as JSON lines {"text": …} to this file."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of sample, split and order of the data."""
 
-    @field_validator("eval")
+    @field_validator("text")
     @classmethod
-    def _eval_is_share_or_count(cls, value: float | int | str | None) -> float | int | str | None:
-        if isinstance(value, bool) or (isinstance(value, int) and value < 1):
-            raise ValueError("is a share (0 < x < 1), a number of rows (≥ 1) or a file")
-        if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError("as a share must lie between 0 and 1; a number of rows is an integer")
+    def _text_is_a_pattern(cls, value: str | None) -> str | None:
+        if value is not None and not pattern_columns(value):
+            raise ValueError("names no column; write at least one as {column}")
         return value
 
 
@@ -116,16 +140,20 @@ class MethodSection(Section):
     """lora: low-rank adapters on linear layers; full: every weight."""
     r: PositiveInt = 8
     """Rank of the adapters."""
-    alpha: float = Field(default=16, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
     """The adapter's output is scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input while training."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapters."""
-    target: Literal["auto", "all_linear"] | list[str] = "auto"
-    """auto, all_linear: every linear layer but the head; or names of layers. A name that matches nothing is an error."""
-    modules_to_save: list[str] = []
+    target: Literal["auto", "all_linear"] | Texts = "auto"
+    """auto and all_linear: every linear layer but the head; or layers' names. One that matches nothing is an error."""
+    modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, as embed_tokens or lm_head."""
+
+
+def _one_epoch(given: dict[str, Any]) -> float | None:
+    return 1.0 if given.get("steps") is None else None
 
 
 class TrainSection(Section):
@@ -133,21 +161,21 @@ class TrainSection(Section):
 
     batch: PositiveInt = 16
     """Rows in one optimizer step. A choice of learning; how they are cut into passes never changes the result."""
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the data; 1 where neither epochs nor steps is given."""
     steps: PositiveInt | None = None
     """Optimizer steps, instead of epochs."""
-    lr: float | Literal["auto"] = "auto"
+    epochs: float | None = Field(default_factory=_one_epoch, gt=0)
+    """Passes over the data; 1.0 where neither epochs nor steps is given."""
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate; auto is the method's default (lora 2e-4, full 2e-5), printed."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     min_lr: float = Field(default=0.0, ge=0)
     """The schedule does not fall below this rate."""
-    warmup: float | int = 0.03
+    warmup: Annotated[int, Field(ge=0)] | Fraction = 0.03
     """An integer is steps; a share of all steps is 0 < x < 1; 0 is none."""
     optimizer: Literal["adamw"] = "adamw"
-    """adamw."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW, in PyTorch's own form."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
@@ -161,7 +189,7 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, more time, same numbers."""
     tokens_per_pass: PositiveInt | Literal["auto"] = "auto"
     """Tokens that go through the model at once. Memory only; never changes the result."""
-    devices: Literal["auto", "cpu"] | list[int] = "auto"
+    devices: Literal["auto", "cpu"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "auto"
     """auto: the GPU where there is one; cpu; or a GPU's index, as [0]."""
     log_every: PositiveInt = 1
     """Steps between lines on the screen (metrics.jsonl has every step)."""
@@ -173,34 +201,14 @@ class TrainSection(Section):
     """Checkpoints kept, newest first."""
     early_stop: PositiveInt | None = None
     """Stop after this many evaluations in a row without a better loss."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of initialisation and dropout."""
-
-    @field_validator("lr")
-    @classmethod
-    def _lr_is_positive(cls, value: float | str) -> float | str:
-        if isinstance(value, float) and not value > 0:
-            raise ValueError("must be above 0")
-        return value
-
-    @field_validator("warmup")
-    @classmethod
-    def _warmup_is_steps_or_share(cls, value: float | int) -> float | int:
-        if value < 0 or (isinstance(value, float) and value >= 1):
-            raise ValueError("is a number of steps (an integer) or a share of all steps (0 < x < 1)")
-        return value
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSection:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are both given; keep one")
-        return self
 
 
 class GenerateSection(Section):
     """What the model is asked, and how it answers."""
 
-    prompts: list[str] | str = []
+    prompts: list[Text] | Annotated[str, Field(pattern=r"\.(txt|jsonl)$", description="a .txt or .jsonl file")] = []
     """Prompts, or a file of them: .txt is one prompt, its whole text; .jsonl has one a line."""
     raw: bool | None = None
     """true: the prompt as it is, BOS by the tokenizer's rule; false: the user's turn under the run's template.
@@ -217,9 +225,9 @@ class GenerateSection(Section):
     """Draw from the k likeliest tokens; only with sample."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Draw from the likeliest tokens that together have this probability; only with sample."""
-    stop: list[str] = []
+    stop: list[Text] = []
     """Texts that end an answer, beside the model's own end tokens."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of sampling."""
 
 
@@ -233,7 +241,7 @@ class MergeSection(Section):
 class Recipe(Section):
     """Everything that a run is made of."""
 
-    run: str | None = None
+    run: Text | None = None
     """Name of the run folder; default: the recipe file's stem (-2, -3 … when taken)."""
     model: ModelSection
     data: DataSection

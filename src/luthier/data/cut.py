@@ -71,8 +71,9 @@ def _with_less_text(conversation: Conversation, what: str, over: int, encoder: E
     answer = len(messages) - 1
     asked = max(i for i, message in enumerate(messages) if message.role == "user")
     if what == "row":
-        longer = encoder.count(messages[asked].content)[0] > encoder.count(messages[answer].content)[0]
-        what = "prompt" if longer else "answer"
+        prompt, said = (encoder.count(messages[at].content)[0] for at in (asked, answer))
+        what = "prompt" if prompt > said else "answer"
+        over = min(over, max(abs(prompt - said), -(-over // 2)))  # down to the other's length, then both alike
     at = asked if what == "prompt" else answer
     text = _cut(messages[at].content, over, encoder)
     if text is None:

@@ -93,7 +93,7 @@ class Encoder:
                 "this model's tokenizer names no end token (eos_token): an answer's end could not be taught"
             )
         self.template = load_template(section, self.marks, tokenizer.chat_template, today)
-        self.section = section
+        self.section, self.today = section, today
         self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
         self._special = set(self._ids.values())
         self._head = _copy(tokenizer.backend_tokenizer)

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ class Data:
     rejected: list[Rejected]
 
 
-def prepare(section: DataSection, encoder: Encoder, today: date, say: Callable[[str], None]) -> Data:
+def prepare(section: DataSection, encoder: Encoder, say: Callable[[str], None]) -> Data:
     """Encode (or take from the cache) everything that the recipe's data section names.
 
     Errors: DataError for a file, a row or a length that the recipe does not allow.
@@ -68,7 +67,7 @@ def prepare(section: DataSection, encoder: Encoder, today: date, say: Callable[[
         train=kept,
         eval=evaluation if len(evaluation) else None,
         train_sources=ranges(kept, train),
-        report=_report(train, held, kept, evaluation, encoder, today),
+        report=_report(train, held, kept, evaluation, encoder),
         rejected=[rejected for source in [*train, *held] for rejected in _rejected(source)],
     )
 
@@ -92,6 +91,11 @@ def _source(entry: DataFile, section: DataSection, encoder: Encoder, say: Callab
     if not first:
         raise DataError(f"{entry.path}: not one row of it can be read; the first problem is {_first_problem(files)}")
     shape = recognise(first, section, columns)
+    if shape.name == "text" and section.text is None:
+        raise DataError(
+            f"{entry.path}: plain text without question and answer; to teach all of it, write under data:\n"
+            '  text: "{text}"\n  supervise: all'
+        )
     sha256 = fingerprint(files)
     key = key_of(
         {
@@ -175,7 +179,9 @@ def _encode_rows(
 _EMPTY: dict[str, Any] = {
     **{name: [] for name in ("ids", "starts", "stops")},
     **{name: 0 for name in ("apart", "lost", "prompt", "row")},
-    **{"split": False, "reason": None, "raw": None},
+    "split": False,
+    "reason": None,
+    "raw": None,
 }
 
 
@@ -279,7 +285,6 @@ def _report(
     kept: Examples,
     evaluation: Examples,
     encoder: Encoder,
-    today: date,
 ) -> dict[str, Any]:
     """What data.json holds."""
     sources = [*train, *held]
@@ -304,7 +309,7 @@ def _report(
         "template": encoder.template.name,
         "template_sha256": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         "end_ids": encoder.end_ids,
-        "today": today.isoformat(),
+        "today": encoder.today.isoformat(),
         "train_rows": len(kept),
         "eval_rows": len(evaluation),
         "train_tokens": int(kept.lengths.sum()),

@@ -9,14 +9,13 @@ user who typed `<|im_end|>` has typed text.
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from luthier.data.formats import BadRow, Conversation, Message
+from luthier.data.formats import BadRow, Conversation, Message, pattern_names
 from luthier.data.jinja import compile_chat_template
 from luthier.errors import DataError
 from luthier.sections import DataSection
@@ -208,14 +207,6 @@ def _with_end(segments: Text, marks: Marks) -> Text:
 # -- a pattern over the columns --------------------------------------------------------------------------------------
 
 
-def pattern_names(pattern: str) -> list[str]:
-    """The columns that a text pattern names, in order. Errors: DataError where it cannot be read."""
-    try:
-        return [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
-    except ValueError as error:
-        raise DataError(f"data.text: {pattern!r} is no pattern ({error}); write {{{{ and }}}} for braces") from None
-
-
 def _pattern(section: DataSection, marks: Marks) -> Template:
     pattern = section.text or ""
     names = pattern_names(pattern)
@@ -231,10 +222,11 @@ def _pattern(section: DataSection, marks: Marks) -> Template:
         return Rows([[[Segment(head.format_map(fields), all(which)), Segment(said, True)]]], split=False)
 
     def prompt(messages: Sequence[Message]) -> Rendered:
-        asked = set(pattern_names(head))
+        known = {"system": marks.protect(section.system)} if section.system else {}
+        asked = set(pattern_names(head)) - known.keys()
         if answer is None or len(asked) != 1:
             raise DataError(f"data.text: {pattern!r} has no single column for a user's turn; give the prompt raw")
-        return [[Segment(head.format_map({asked.pop(): marks.protect(messages[-1].content)}), False)]]
+        return [[Segment(head.format_map({**known, asked.pop(): marks.protect(messages[-1].content)}), False)]]
 
     return Template("text", f"{pattern} → {answer}", rows, prompt, raw=answer is None)
 

@@ -1,0 +1,262 @@
+"""The command line: one thin function a verb. A verb's libraries are imported when it is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.errors import LuthierError, RecipeError
+
+app = typer.Typer(
+    name="luthier",
+    help="Fits a language model to one task: one recipe from a data file to a tried, compared and merged model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(
+    help="The recipe's vocabulary: its schema, a resolved recipe, a new one.", no_args_is_help=True
+)
+app.add_typer(recipe_app, name="recipe")
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line and exit 2; `--debug` shows the traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # text may hold what a terminal cannot show
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except LuthierError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def say(line: str) -> None:
+    """A line for the screen, at once."""
+    print(line, flush=True)
+
+
+def aside(line: str) -> None:
+    """A line that is no part of the verb's output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.command()
+def get(
+    name: Annotated[str, typer.Argument(help="hf:owner/name (the default), modelscope:owner/name, or a folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    data: Annotated[bool, typer.Option("--data", help="It is a data set, not a model.")] = False,
+) -> None:
+    """Fetch a model (or a data set) and print where it lies."""
+    from luthier import hub
+
+    if data:
+        for file in hub.data_files(name, Path.cwd(), aside):
+            say(str(file))
+    else:
+        say(str(hub.model_path(name, revision, Path.cwd(), aside)))
+
+
+@app.command()
+def look(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many random rows to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which random rows.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write the page here instead of NAME-look.html.")] = None,
+) -> None:
+    """Show the data as the model will see it: what is taught, lengths, drops, duplicates."""
+    from luthier import verbs
+
+    page = verbs.look(recipe, overrides or [], rows=rows, seed=seed, html=html, say=say)
+    say(f"page: {page}")
+    say(f"next: luthier train {recipe}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or with --resume a run folder.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+) -> None:
+    """Train: recipe → run folder with checkpoints, metrics and the adapter."""
+    from luthier.run import train as train_run
+
+    run = train_run(recipe, overrides or [], resume=resume, say=say)
+    outcome, folder = run.outcome, _relative(run.folder.path)
+    assert outcome is not None
+    if outcome.stopped is not None:
+        say(f"stopped at step {outcome.steps}; go on with: luthier train {folder} --resume")
+        sys.exit(128 + outcome.stopped)
+    say(f"{'model' if run.recipe.method.kind == 'full' else 'adapter'}: {outcome.saved}")
+    say(f"next: luthier compare {folder} · luthier merge {folder} -o DIR · luthier chat {folder}")
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a model by folder or name.")],
+    adapter: Annotated[Path | None, typer.Option(help="An adapter folder, on top of MODEL.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A .txt file is one prompt, its whole text; a .jsonl file has one a line.")
+    ] = None,
+    raw: Annotated[
+        bool | None, typer.Option("--raw/--turn", help="The prompt as it is, or as the user's turn.")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Of a RUN: the model that it started from.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest prompt and answer together.")] = None,
+    sample: Annotated[bool | None, typer.Option("--sample/--greedy", help="Draw tokens at random.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="With --sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --sample.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line a prompt.")] = False,
+) -> None:
+    """Answer prompts (--prompt, --prompt-file, or standard input) with a run, a model, or a model and an adapter."""
+    from luthier import verbs
+
+    options = {
+        "raw": raw,
+        "max_new_tokens": max_new_tokens,
+        "max_length": max_length,
+        "sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "stop": stop or None,
+        "seed": seed,
+    }
+    said = None if sys.stdin.isatty() else sys.stdin.read
+    verbs.generate(
+        target,
+        adapter=adapter,
+        base=base,
+        prompts=prompt or [],
+        prompt_file=prompt_file,
+        standard_input=said,
+        options={key: value for key, value in options.items() if value is not None},
+        as_json=as_json,
+        stream=sys.stdout.isatty(),
+        write=_write,
+        say=aside,
+    )
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, or a model by folder or name.")],
+    adapter: Annotated[Path | None, typer.Option(help="An adapter folder, on top of MODEL.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, instead of the run's.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Of a RUN: the model that it started from.")] = False,
+) -> None:
+    """Talk with a run or a model; /new starts over, /exit or Ctrl-D ends."""
+    from luthier import verbs
+
+    verbs.chat(target, adapter=adapter, base=base, system=system, read=_read_turn, write=_write, say=aside)
+
+
+@app.command()
+def compare(
+    run: RunPath,
+    rows: Annotated[int, typer.Option(min=0, help="Held-out rows to answer, beside the recipe's prompts.")] = 128,
+) -> None:
+    """Base against tuned on the same prompts: table, compare.md, compare.html."""
+    from luthier import verbs
+    from luthier.run import open_run
+
+    opened = open_run(run)
+    verbs.compare(opened, rows=rows, say=say)
+    say(f"next: luthier merge {_relative(opened.folder.path)} -o DIR")
+
+
+@app.command()
+def merge(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the merged model.")],
+) -> None:
+    """Base and adapter → a stand-alone model folder, verified from disk."""
+    from luthier import verbs
+    from luthier.run import open_run
+
+    verbs.merge(open_run(run), out, say=say)
+    say(f'next: luthier generate {out} --prompt "…" · luthier chat {out}')
+
+
+@app.command()
+def quickstart() -> None:
+    """The whole journey on a tiny model that is in the package: look, train, compare, merge. About a minute."""
+    from luthier import verbs
+
+    verbs.quickstart(Path.cwd(), say=say)
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """The JSON Schema of a recipe, for editors."""
+    from luthier.recipe import recipe_schema as schema
+
+    say(json.dumps(schema(), ensure_ascii=False, indent=2))
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: Recipe, overrides: Overrides = None) -> None:
+    """A recipe with every default filled in."""
+    from luthier.recipe import show_recipe
+
+    say(show_recipe(recipe, overrides or []).rstrip())
+
+
+@recipe_app.command("new")
+def recipe_new(
+    path: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; else the screen.")] = None,
+) -> None:
+    """A commented recipe to start from."""
+    from luthier.recipe import new_recipe
+
+    if path is None:
+        say(new_recipe().rstrip())
+        return
+    if path.exists():
+        raise RecipeError(f"{path} is there already; give another name, or remove it first")
+    path.write_text(new_recipe(), encoding="utf-8")
+    say(f"{path}: fill in model.name and data.train, then: luthier look {path}")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read_turn() -> str | None:
+    """One line from the user; None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _relative(path: Path) -> Path:
+    """A path as short as the user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,295 @@
+"""Base + adapter → one plain model folder, tensor by tensor. `verify.py` then proves that it is the same model.
+
+The base's files are read one tensor at a time: memory holds the adapter and one output shard, never the model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from luthier.errors import ModelError, RunError
+from luthier.folder import folder_atomic, write_json
+from luthier.models.adapters import (
+    CONFIG,
+    MERGE_NOTE,
+    adapter_hash,
+    merged_already,
+    read_adapter,
+    read_adapter_config,
+    refuse_merged,
+)
+from luthier.models.load import (
+    TOKENIZER_FILES,
+    Say,
+    check_architecture,
+    end_ids,
+    generation_settings,
+    load_tokenizer,
+    read_config,
+)
+from luthier.models.weights import DTYPES, Weights, name_of, open_weights
+
+SHARD_BYTES = 5 * 10**9
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+PREFIX = "base_model.model."
+MERGEABLE = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
+}  # fmt: skip
+"""LoRA options that a merge honours, or that only matter in training; any other must be at its default."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote."""
+
+    folder: Path
+    kind: Literal["lora", "full"]
+    dtype: str
+    tensors: int
+    changed: int
+    untied: bool
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What the adapter does to one tensor, in fp32: W + scale·B·A, or a tensor in its place."""
+
+    shape: tuple[int, ...]
+    apply: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One tensor of the merged model: `source` is the stored tensor that it starts from."""
+
+    name: str
+    source: str
+    dtype: torch.dtype | str
+    bytes: int
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    *,
+    say: Say,
+    ends: Sequence[int] = (),
+) -> MergeReport:
+    """Write base + adapter as a model folder of its own, unverified yet.
+
+    Each sum is computed in fp32 and rounded once to `dtype` (auto: as the base stores it). `adapter` may be a whole
+    model, as full fine-tuning leaves it: then it is copied in `dtype`. `ends` are token ids that end an answer under
+    the run's template; they join the end tokens in generation_config.json.
+    Errors: ModelError when out is taken or part of the inputs, or the adapter cannot be merged into this base.
+    """
+    kind: Literal["lora", "full"] = "lora" if (adapter / CONFIG).is_file() else "full"
+    _check_out(out, base, adapter)
+    refuse_merged(base, adapter)
+    root = base if kind == "lora" else adapter
+    config, weights, stored = read_config(root), open_weights(root), open_weights(base)
+    check_architecture(root, config, trusted=False)
+    chosen = name_of(stored.dtype) if dtype == "auto" else dtype
+    if chosen not in DTYPES:
+        raise ModelError(f"{base} is stored in {chosen}; merge.dtype must name one of {', '.join(DTYPES)}")
+    changes = _changes(adapter) if kind == "lora" else {}
+    tied = _tied(root)
+    untied = any(name in changes for pair in tied.items() for name in pair)
+    outputs = _outputs(weights, stored, changes, tied, untied, dtype, adapter)
+    _check_space(out, outputs)
+    if kind == "full":
+        say(f"{adapter} is a whole model (full fine-tuning): copied in {chosen}, there is nothing to add to it")
+    with folder_atomic(out) as folder:
+        _write_weights(folder, weights, outputs, changes)
+        _write_config(folder, config, DTYPES[chosen], untied)
+        _write_rest(folder, base, root, adapter, ends, say)
+        note = {
+            "kind": kind,
+            "base": str(base.absolute()),
+            "adapter": str(adapter.absolute()),
+            "adapter_sha256": adapter_hash(adapter),
+            "earlier": merged_already(base),
+            "dtype": chosen,
+            "verified": None,
+            "figures": None,
+        }
+        write_json(folder / MERGE_NOTE, note)
+    say(f"{out}: {len(changes)} of {len(outputs)} tensors changed, in {chosen}" + (", head untied" if untied else ""))
+    return MergeReport(out, kind, chosen, len(outputs), len(changes), untied)
+
+
+# -- what changes -------------------------------------------------------------------------------------------------
+
+
+def _changes(adapter: Path) -> dict[str, _Change]:
+    """The adapter's tensors as changes, by the name of the model's tensor. Errors: ModelError on what is not that."""
+    config, tensors = read_adapter_config(adapter), read_adapter(adapter)
+    plain = LoraConfig().to_dict()
+    odd = [key for key, value in config.to_dict().items() if key not in MERGEABLE and value != plain.get(key)]
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        odd.append(f"init_lora_weights={config.init_lora_weights}")  # pissa, olora … move the base's own weights
+    if odd:
+        raise ModelError(f"{adapter}: an adapter with {', '.join(sorted(odd))} cannot be merged")
+    changes: dict[str, _Change] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            b = tensors[key.replace("lora_A", "lora_B")]
+            changes[f"{module}.weight"] = _low_rank(tensor, b, _scale(config, module, tensor), transposed=False)
+        elif name.endswith(".lora_embedding_A"):
+            module = name.removesuffix(".lora_embedding_A")
+            b = tensors[key.replace("embedding_A", "embedding_B")]
+            changes[f"{module}.weight"] = _low_rank(tensor, b, _scale(config, module, tensor), transposed=True)
+        elif ".lora_" not in name:
+            changes[name.replace(".base_layer.", ".")] = _instead(tensor)
+        elif not name.endswith((".lora_B.weight", ".lora_embedding_B")):
+            raise ModelError(f"{adapter}: its tensor {key} is none that a merge knows")
+    return changes
+
+
+def _scale(config: LoraConfig, module: str, a: Tensor) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return float(alpha / (math.sqrt(a.shape[0]) if config.use_rslora else a.shape[0]))
+
+
+def _low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> _Change:
+    """a: [r, in], b: [out, r]. An embedding stores its weight transposed, [in, out]."""
+
+    def apply(weight: Tensor) -> Tensor:
+        delta = b.float() @ a.float()
+        return weight + scale * (delta.T if transposed else delta)
+
+    shape = (b.shape[0], a.shape[1])
+    return _Change(shape[::-1] if transposed else shape, apply)
+
+
+def _instead(tensor: Tensor) -> _Change:
+    return _Change(tuple(tensor.shape), lambda _: tensor.float())
+
+
+def _tied(root: Path) -> dict[str, str]:
+    """Tensors that the model shares: alias → the tensor that stands for both."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root, local_files_only=True))
+    return dict(model.all_tied_weights_keys)
+
+
+def _outputs(
+    weights: Weights,
+    base: Weights,
+    changes: dict[str, _Change],
+    tied: dict[str, str],
+    untied: bool,
+    dtype: str,
+    adapter: Path,
+) -> list[_Output]:
+    """Every tensor to write. Tied tensors are written once, or both where one of them was trained apart."""
+    sources = {name: name for name in weights.tensors if name not in tied or tied[name] not in weights.tensors}
+    if untied:
+        sources |= {alias: alias if alias in weights.tensors else source for alias, source in tied.items()}
+    if strangers := sorted(sources.keys() - base.tensors.keys() - tied.keys()):
+        raise ModelError(f"{adapter}: it holds {strangers[0]}, which {base.folder} does not have")
+    if unknown := sorted(changes.keys() - sources.keys()):
+        raise ModelError(f"{adapter}: it changes {unknown[0]}, which {weights.folder} does not have")
+    outputs = []
+    for name, source in sources.items():
+        stored = weights.tensors[source]
+        wanted = changes[name].shape if name in changes else base.tensors.get(source, stored).shape
+        if wanted != stored.shape:
+            raise ModelError(f"{adapter}: {name} is {list(wanted)} there and {list(stored.shape)} in {weights.folder}")
+        kept = base.tensors.get(source, stored).dtype if dtype == "auto" else DTYPES[dtype]
+        target = kept if isinstance(stored.dtype, torch.dtype) else stored.dtype
+        size = target.itemsize if isinstance(target, torch.dtype) else 8
+        outputs.append(_Output(name, source, target, size * math.prod(stored.shape)))
+    return outputs
+
+
+# -- what is written ----------------------------------------------------------------------------------------------
+
+
+def _write_weights(folder: Path, weights: Weights, outputs: list[_Output], changes: dict[str, _Change]) -> None:
+    shards = list(_shards(outputs))
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {output.name: _merged(weights, output, changes.get(output.name)) for output in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        total = sum(output.bytes for output in outputs)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _shards(outputs: list[_Output]) -> Iterator[list[_Output]]:
+    shard: list[_Output] = []
+    for output in outputs:
+        if shard and sum(other.bytes for other in shard) + output.bytes > SHARD_BYTES:
+            yield shard
+            shard = []
+        shard.append(output)
+    yield shard
+
+
+def _merged(weights: Weights, output: _Output, change: _Change | None) -> Tensor:
+    tensor = weights.tensors[output.source].read()
+    if not isinstance(output.dtype, torch.dtype):
+        return tensor
+    exact = change.apply(tensor.float()) if change else tensor
+    rounded = exact.to(output.dtype).contiguous()
+    if output.dtype == torch.float16 and rounded.isinf().any() and not exact.isinf().any():
+        raise ModelError(f"{output.name} holds {exact.abs().max():.4g}, beyond fp16's 65504; take merge.dtype=bf16")
+    return rounded
+
+
+def _write_config(folder: Path, config: dict[str, Any], dtype: torch.dtype, untied: bool) -> None:
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older name, for whom the base is written for
+    config = config | {key: str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config | {"tie_word_embeddings": False} if untied else config)
+
+
+def _write_rest(folder: Path, base: Path, root: Path, adapter: Path, ends: Sequence[int], say: Say) -> None:
+    """Tokenizer, licence, generation settings. The adapter's own tokenizer wins: it has the run's template."""
+    source = adapter if any((adapter / name).is_file() for name in TOKENIZER_FILES) else root
+    for place, patterns in ((source, TOKENIZER), (base, LICENCES)):
+        for file in (file for pattern in patterns for file in place.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)
+    settings, repairs = generation_settings(root)
+    for repair in repairs:
+        say(f"{root.name}: {repair}")
+    before = settings.eos_token_id
+    settings.eos_token_id = list(dict.fromkeys([*end_ids(load_tokenizer(source), settings), *ends])) or None
+    if settings.eos_token_id not in (before, [before]):
+        say(f"generation_config.json: end tokens {before} become {settings.eos_token_id}")
+    settings.save_pretrained(folder)
+
+
+def _check_out(out: Path, base: Path, adapter: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out}: it exists and is not empty; remove it, or name another folder")
+    for source in (base, adapter):
+        if out.resolve().is_relative_to(source.resolve()):
+            raise ModelError(f"{out}: it lies in {source}, which is only read; name a folder outside")
+
+
+def _check_space(out: Path, outputs: list[_Output]) -> None:
+    place = next(parent for parent in out.absolute().parents if parent.is_dir())
+    needed, free = sum(output.bytes for output in outputs), shutil.disk_usage(place).free
+    if needed > free:
+        raise RunError(f"{out}: the model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {place}")

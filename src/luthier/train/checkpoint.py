@@ -1,0 +1,202 @@
+"""Checkpoints from which a run goes on exactly as if it had never stopped.
+
+checkpoints/step-000100/
+  adapter_config.json, adapter_model.safetensors    a PEFT folder by itself (full fine-tuning: a Hugging Face model)
+  state.safetensors    weight/NAME (adapters only: a whole model has them in its own files), optimizer/NAME/KEY, rng/…
+  state.json           TrainState, the generators of Python and numpy, what the numbers depend on; written last
+
+No pickle in it. Everything goes by parameter name: the order of parameters may change between versions.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from luthier.errors import RunError
+from luthier.folder import folder_atomic, write_json
+
+STATE = "state.json"
+TENSORS = "state.safetensors"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, beside its tensors and generators. The order of the data needs nothing but the step."""
+
+    tokens_per_pass: int  # decided once: other cuts after a resume would round otherwise
+    step: int = 0  # optimizer steps taken
+    best_step: int | None = None
+    best_eval: float | None = None
+    not_better: int = 0  # evaluations in a row without a better loss
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def save(
+    checkpoints: Path,
+    write: Callable[[Path], None],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int | Literal["all"],
+) -> Path:
+    """Write checkpoints/step-N atomically, then remove all but the newest `keep`.
+
+    `write` puts the adapter (or whole model) into the folder that it is given; `parameters` are the trainable ones.
+    """
+    target = checkpoints / f"step-{state.step:06d}"
+    device = next(iter(parameters.values())).device
+    with folder_atomic(target) as folder:
+        write(folder)
+        weights = {} if _model_files(folder) else parameters
+        save_file(_tensors(weights, parameters, optimizer, device), folder / TENSORS)
+        record = {
+            "state": asdict(state),
+            "trainable": list(parameters),
+            "generators": {"python": random.getstate(), "numpy": _numpy_state()},
+            "environment": _environment(device),
+        }
+        write_json(folder / STATE, record)
+    _prune(checkpoints, keep)
+    return target
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    complete = _complete(checkpoints)
+    return complete[-1] if complete else None
+
+
+def load(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    say: Callable[[str], None],
+) -> TrainState:
+    """Put a checkpoint into the trainable parameters, the optimizer and every generator; give back its TrainState.
+
+    Errors: RunError where the folder is damaged or was written for other trainable tensors.
+    """
+    device = next(iter(parameters.values())).device
+    try:
+        record = json.loads((folder / STATE).read_text("utf-8"))
+        tensors = load_file(folder / TENSORS)
+        _check_names(folder, set(record["trainable"]), set(parameters))
+        _load_weights(folder, tensors, parameters)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise RunError(f"{folder}: damaged ({error}); delete it to resume from the checkpoint before it") from error
+    _load_optimizer(tensors, parameters, optimizer)
+    _load_generators(record["generators"], tensors, device)
+    here, there = _environment(device), record["environment"]
+    changed = [f"{key} {there[key]} → {here[key]}" for key in here if here[key] != there[key]]
+    if changed:
+        say(f"resume: {', '.join(changed)}: the numbers will be equal only to rounding")
+    return TrainState(**record["state"])
+
+
+def _tensors(
+    weights: dict[str, nn.Parameter],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    tensors = {f"weight/{name}": parameter.detach().contiguous() for name, parameter in weights.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer/{name}/{key}"] = value.contiguous()
+    tensors["rng/torch"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def _load_weights(folder: Path, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    missing = dict(parameters)
+    for name, value in _weights(folder, tensors):
+        if name in missing:  # a whole model's files also hold what does not train
+            parameter = missing.pop(name)
+            if value.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(value.shape)} there and {list(parameter.shape)} in the model")
+            parameter.data.copy_(value)
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+
+
+def _weights(folder: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in tensors.items():
+        if key.startswith("weight/"):
+            yield key.removeprefix("weight/"), value
+    for path in _model_files(folder):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, file.get_tensor(name)
+
+
+def _load_optimizer(
+    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    for path, value in tensors.items():
+        if path.startswith("optimizer/"):
+            name, _, key = path.removeprefix("optimizer/").rpartition("/")
+            parameter = parameters[name]
+            # AdamW keeps its step counter on the CPU.
+            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def _load_generators(record: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    version, words, gauss = record["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(record["numpy"])
+    torch.set_rng_state(tensors["rng/torch"])
+    if device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+
+
+def _numpy_state() -> list[Any]:
+    name, words, *rest = np.random.get_state()
+    return [name, np.asarray(words).tolist(), *rest]
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """What bit-equal numbers depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "device": name}
+
+
+def _check_names(folder: Path, there: set[str], here: set[str]) -> None:
+    if there != here:
+        names = ", ".join(sorted(there ^ here)[:3])
+        raise RunError(f"{folder}: was written for other trainable tensors ({names} …): method or model have changed")
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    """Oldest first. A folder gets its final name when everything in it is on the disk."""
+    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in found if (path / STATE).is_file()), key=lambda path: int(path.name[5:]))
+
+
+def _prune(checkpoints: Path, keep: int | Literal["all"]) -> None:
+    for leftover in checkpoints.glob(".step-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover)
+    if keep != "all":
+        for old in _complete(checkpoints)[:-keep]:
+            hidden = old.with_name(f".{old.name}.old")  # a removal that is cut short leaves no half checkpoint
+            old.replace(hidden)
+            shutil.rmtree(hidden)

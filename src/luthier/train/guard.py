@@ -1,0 +1,167 @@
+"""What stops a run: a tensor that does not move, a loss that is not finite, a full disk or device, a signal."""
+
+from __future__ import annotations
+
+import errno
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from luthier.errors import RunError
+from luthier.train.checkpoint import latest
+
+CHECKED = 3
+"""Steps after which every trainable tensor must have moved: LoRA's A moves from the second step on, when B is not 0."""
+CHECKED_AGAIN = 20
+NAMED = 5
+"""Rows or tensors that a message names at most."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Movement:
+    """Every trainable tensor must leave its initial value: the adapter that trains without effect is found here.
+
+    One exception: early in a warm-up a step may be smaller than the spacing of fp32 at a weight of 1 (6e-8), though
+    gradients do arrive. It is said, and checked again. (A key's bias without rotary positions, which softmax does not
+    see, is none: the rounding of its gradient moves it, measured with OPT.) The values are remembered as one number a
+    tensor, so that full fine-tuning costs no second copy of the model.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+    ) -> None:
+        self.parameters, self.optimizer, self.say = parameters, optimizer, say
+        self.before = {name: fingerprint(parameter) for name, parameter in parameters.items()}
+        self.steps = 0
+
+    def check(self, warming_up: bool) -> None:
+        """Call after each step. Errors: RunError naming the tensors that have not moved and should have."""
+        self.steps += 1
+        if self.steps not in (CHECKED, CHECKED_AGAIN):
+            return
+        still = [name for name, value in self.before.items() if fingerprint(self.parameters[name]) == value]
+        expected = [name for name in still if warming_up and self.steps == CHECKED and self._has_gradient(name)]
+        if len(still) > len(expected):
+            raise RunError(self._message([name for name in still if name not in expected]))
+        if expected:
+            self.say(
+                f"not moved after {CHECKED} steps, since the warm-up's first steps are lost in rounding: "
+                f"{_some(expected)}; checked again after step {CHECKED_AGAIN}"
+            )
+        self.before = {name: self.before[name] for name in expected}
+
+    def _has_gradient(self, name: str) -> bool:
+        moment = self.optimizer.state[self.parameters[name]].get("exp_avg_sq")
+        return moment is not None and bool(moment.any())
+
+    def _message(self, names: list[str]) -> str:
+        lost = [name for name in names if self._has_gradient(name)]
+        dead = [name for name in names if name not in lost]
+        reasons = [f"no gradient reaches {_some(dead)}: are they used in the forward pass?"] if dead else []
+        if lost:
+            dtype = str(self.parameters[lost[0]].dtype).removeprefix("torch.")
+            reasons += [f"the steps of {_some(lost)} are lost in the rounding of {dtype}: raise train.lr or use fp32"]
+        return f"after {self.steps} steps {len(names)} trainable tensor(s) have not moved; " + "; ".join(reasons)
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """A number that changes when a value does: the bits of each row, summed and weighted at random."""
+    bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
+    rows = bits.reshape(-1, bits.shape[-1]) if bits.ndim > 1 else bits.reshape(-1, 1)
+    weights = torch.randint(2**62, (len(rows),), generator=torch.Generator().manual_seed(0))
+    return int((rows.sum(-1, dtype=torch.int64) * weights.to(tensor.device)).sum())
+
+
+def not_finite(
+    where: str,
+    rows: Iterable[int],
+    finite_alone: Callable[[int], bool],
+    origin: Callable[[int], str],
+    checkpoints: Path,
+) -> RunError:
+    """The error for a loss or gradient that is not finite, naming at most five rows that are so by themselves."""
+    bad: list[str] = []
+    for row in rows:
+        if not finite_alone(row):
+            bad.append(origin(row))
+            if len(bad) == NAMED:
+                break
+    named = f"rows that give this by themselves: {_some(bad)}" if bad else "no row gives this by itself"
+    last = latest(checkpoints)
+    return RunError(
+        f"{where}; the weights have not been touched; {named}; last good checkpoint: {last or 'none yet'}; "
+        "look at those rows, lower train.lr, or compute in fp32"
+    )
+
+
+@dataclass
+class Stop:
+    """The signal that asked the run to stop, once there was one."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """SIGINT and SIGTERM only set `Stop.signal`: the step in hand is finished. A second one acts as it always does."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+@contextmanager
+def clear_when_full(checkpoints: Path, tokens_per_pass: int) -> Iterator[None]:
+    """One line instead of a traceback when the disk or the device's memory has no room. Errors: RunError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory on the device with {tokens_per_pass:,} tokens in a pass; lower train.tokens_per_pass or "
+            "set train.activation_checkpointing: true (neither changes the result)"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        if _errno(error) not in FULL:
+            raise
+        last = latest(checkpoints) or "none yet"
+        raise RunError(
+            f"{checkpoints.parent}: no room left on the disk; last good checkpoint: {last}; free some space and resume"
+        ) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors writes in Rust and tells it only so
+    return int(number[1]) if number else None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,162 @@
+"""The proof of a merge: the folder against base + adapter, both read from disk in a fresh process.
+
+`python -m luthier.verify FOLDER ROWS.npz` compares, marks the folder's luthier_merge.json, and exits 1 over tolerance.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from luthier.errors import LuthierError, ModelError, RunError
+from luthier.folder import write_json
+from luthier.models.adapters import MERGE_NOTE, adapter_hash, load_adapter
+from luthier.models.load import Say, from_folder, pick_device
+from luthier.models.weights import DTYPES
+from luthier.quiet import quiet
+
+POSITIONS = 1000
+"""Supervised positions that a verification looks at."""
+MAX_LOGIT, MEAN_KL, TOP1 = 1e-3, 1e-3, 0.99
+"""How far they may differ: any logit in fp32; in bf16 and fp16 the mean divergence (nats) and equal first choices."""
+
+
+def write_rows(rows: Iterable[tuple[Sequence[int], Sequence[bool]]], path: Path, positions: int = POSITIONS) -> int:
+    """Write rows (ids, supervised) to an .npz for `verify`, until `positions` tokens are supervised; their number."""
+    ids, supervised, lengths = [], [], []
+    for row, flags in rows:
+        ids.append(np.asarray(row, np.int32))
+        supervised.append(np.asarray(flags, bool))
+        lengths.append(len(row))
+        if sum(int(flags.sum()) for flags in supervised) >= positions:
+            break
+    np.savez(path, ids=np.concatenate(ids), supervised=np.concatenate(supervised), lengths=np.asarray(lengths))
+    return sum(int(flags.sum()) for flags in supervised)
+
+
+def verify(folder: Path, rows: Path, say: Say) -> dict[str, Any]:
+    """Compare a merged folder with base + adapter, both from disk, in a fresh process; the figures.
+
+    They are kept in the folder's luthier_merge.json with `verified`. Errors: RunError when they are over tolerance
+    (the folder is then marked `"verified": false`) or the comparison could not run.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", "luthier.verify", str(folder), str(rows)], capture_output=True, text=True, check=False
+    )
+    if child.returncode != 0:
+        raise RunError(child.stderr.strip().rpartition("\n")[2] or f"{folder}: the comparison died")
+    figures: dict[str, Any] = _note(folder)["figures"]
+    say(f"{folder}: verified: {_shown(figures)}")
+    return figures
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m luthier.verify FOLDER ROWS.npz`: compare, mark the folder; the exit status (1 over tolerance)."""
+    quiet()
+    folder, rows = map(Path, arguments)
+    try:
+        note = _note(folder)
+        figures = _compare(folder, note, rows)
+        passed = _within(figures, note["dtype"])
+        write_json(folder / MERGE_NOTE, note | {"verified": passed, "figures": figures})
+        if not passed:
+            raise RunError(f"{folder}: not the same model as base + adapter: {_shown(figures)}; marked unverified")
+    except LuthierError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    if not (folder / MERGE_NOTE).is_file():
+        raise ModelError(f"{folder}: no merge wrote this folder (it has no {MERGE_NOTE})")
+    return dict(json.loads((folder / MERGE_NOTE).read_text(encoding="utf-8")))
+
+
+def _compare(folder: Path, note: dict[str, Any], file: Path) -> dict[str, Any]:
+    """One model in memory at a time: the reference's logits, fp32 [positions, vocabulary], wait on disk."""
+    dtype, device = DTYPES[note["dtype"]], pick_device("auto")
+    with np.load(file) as stored:
+        cuts = np.cumsum(stored["lengths"])[:-1]
+        rows = list(zip(np.split(stored["ids"], cuts), np.split(stored["supervised"], cuts), strict=True))
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        kept: list[Path] = []
+        parts: list[np.ndarray[Any, Any]] = []
+        for number, logits in enumerate(_logits(_reference(note, dtype, device), rows)):
+            kept.append(Path(scratch) / f"{number}.npy")
+            np.save(kept[-1], logits.numpy())
+        gc.collect()  # the reference is gone before the merged model comes: PEFT's modules refer to each other
+        for path, logits in zip(kept, _logits(from_folder(folder, dtype, device)[0], rows), strict=True):
+            reference = torch.from_numpy(np.load(path))
+            parts += [_differences(reference[at : at + 64], logits[at : at + 64]) for at in range(0, len(logits), 64)]
+    largest, divergence, same = np.concatenate(parts, axis=1)
+    figures = {"max_logit_difference": largest.max(), "mean_kl": divergence.mean(), "top1_agreement": same.mean()}
+    return {"positions": len(same), **{k: float(v) if math.isfinite(v) else None for k, v in figures.items()}}
+
+
+def _differences(reference: Tensor, other: Tensor) -> np.ndarray[Any, Any]:
+    """By position: largest logit difference, KL(reference ‖ other) in nats, 1 where the first choice is the same.
+
+    Where several tokens share the reference's first place, as they do in bf16, each of them counts as the same.
+    """
+    reference, other = reference.double(), other.double()
+    p, q = reference.log_softmax(-1), other.log_softmax(-1)
+    chosen = reference.gather(-1, other.argmax(-1, keepdim=True))[:, 0]
+    return torch.stack(
+        [(reference - other).abs().amax(-1), (p.exp() * (p - q)).sum(-1), (chosen == reference.amax(-1)).double()]
+    ).numpy()
+
+
+def _reference(note: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:
+    if adapter_hash(Path(note["adapter"])) != note["adapter_sha256"]:
+        raise ModelError(f"{note['adapter']} is not what was merged: it changed since")
+    if note["kind"] == "full":
+        return from_folder(Path(note["adapter"]), dtype, device)[0]
+    return load_adapter(from_folder(Path(note["base"]), dtype, device)[0], Path(note["adapter"]))
+
+
+@torch.no_grad()
+def _logits(
+    model: PreTrainedModel | PeftModel, rows: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+) -> Iterator[Tensor]:
+    """For each row the logits that predict its supervised tokens: fp32 [supervised, vocabulary], on the CPU."""
+    for ids, supervised in rows:
+        before = torch.from_numpy(np.flatnonzero(supervised) - 1).to(model.device)
+        row = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
+        yield model(input_ids=row, logits_to_keep=before, use_cache=False).logits[0].float().cpu()
+
+
+def _within(figures: dict[str, Any], dtype: str) -> bool:
+    if None in figures.values():
+        return False
+    if dtype == "fp32":
+        return bool(figures["max_logit_difference"] <= MAX_LOGIT)
+    return bool(figures["mean_kl"] <= MEAN_KL and figures["top1_agreement"] >= TOP1)
+
+
+def _shown(figures: dict[str, Any]) -> str:
+    if None in figures.values():
+        return "its logits are not finite"
+    return (
+        f"at {figures['positions']:,} positions the largest logit difference is {figures['max_logit_difference']:.1e}, "
+        f"the mean KL {figures['mean_kl']:.1e}, the same first choice {figures['top1_agreement']:.2%}".replace(
+            "%", " %"
+        )
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

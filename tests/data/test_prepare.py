@@ -1,0 +1,262 @@
+"""The data path as a whole: cache, bad rows, lengths, sample, split, records."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+
+from luthier.data.encode import Encoder
+from luthier.data.prepare import Data, prepare
+from luthier.errors import DataError
+from luthier.sections import DataFile, DataSection
+
+TODAY = date(2026, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def qa(prompt: str, response: str) -> dict[str, str]:
+    return {"prompt": prompt, "response": response}
+
+
+def ready(path: str | list[DataFile], said: list[str] | None = None, **section: Any) -> Data:
+    wanted = DataSection(train=path, **section)
+    return prepare(wanted, Encoder(tiny_tokenizer(), wanted, TODAY), (said if said is not None else []).append)
+
+
+def texts(data: Data, part: str = "train") -> list[str]:
+    rows = getattr(data, part)
+    return [tiny_tokenizer().decode(rows[i].ids) for i in range(len(rows))]
+
+
+def row_text(prompt: str, response: str) -> str:
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
+
+
+def test_rows_come_in_order_with_their_masks(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), qa("谁？", "小鸟。")])
+    data = ready(path)
+    assert texts(data) == [row_text("Where?", "In town."), row_text("谁？", "小鸟。")]
+    example = data.train[1]
+    assert tiny_tokenizer().decode(example.ids[example.supervised]) == "小鸟。<|im_end|>"
+    assert data.train.lengths.tolist() == [len(data.train[0].ids), len(data.train[1].ids)]
+    assert data.train.supervised.tolist() == [int(data.train[i].supervised.sum()) for i in range(2)]
+    assert data.train.origin(1) == "a.jsonl:2"
+    assert data.report["train_rows"] == 2 and data.report["eval_rows"] == 0
+
+
+def test_the_cache_is_keyed_by_content_and_not_by_seed_sample_or_split(tmp_path: Path, cache: Path) -> None:
+    rows = [qa(f"Where {i}?", f"Town {i}.") for i in range(20)]
+    path = write(tmp_path / "a.jsonl", rows)
+    said: list[str] = []
+    for section in ({}, {"seed": 7}, {"sample": 5}, {"eval": 3}, {"bad_rows": "skip"}):
+        ready(path, said, **section)
+    assert [("from the cache" in line) for line in said] == [False, True, True, True, True]
+    for section in ({"max_length": 64}, {"supervise": "all"}, {"system": "be kind"}, {"template": "plain"}):
+        ready(path, said, **section)
+        assert "from the cache" not in said[-1], section
+    moved = write(tmp_path / "elsewhere.jsonl", rows)
+    ready(moved, said)
+    assert "from the cache" in said[-1]
+    write(tmp_path / "a.jsonl", [*rows, qa("new", "row")])
+    ready(path, said)
+    assert "from the cache" not in said[-1]
+    assert len(list(cache.glob("*.arrow"))) == 6
+
+
+def test_a_damaged_cache_is_made_anew_with_a_line(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town.")])
+    before = texts(ready(path))
+    [entry] = cache.glob("*.arrow")
+    for damage in (lambda: entry.write_bytes(entry.read_bytes()[:100]), lambda: _flip(entry, 300)):
+        damage()
+        said: list[str] = []
+        assert texts(ready(path, said)) == before
+        assert said[0] == f"cache: the entry {entry.name} is damaged; encoding again"
+    said = []
+    ready(path, said)
+    assert "from the cache" in said[0]
+
+
+def _flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_two_processes_share_one_entry(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa(f"Where {i}?", f"Town {i}.") for i in range(300)])
+    code = f"import test_prepare as t; d = t.ready({path!r}); print(len(d.train), int(d.train.lengths.sum()))"
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path[:2]!r}; {code}"]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) for _ in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in running]
+    assert outputs[0] == outputs[1] and outputs[0].startswith("300 ")
+    assert len(list(cache.glob("*.arrow"))) == 1 and not list(cache.glob("*.part"))
+
+
+BAD = [qa("Where?", "In town."), qa("Who?", ""), {"prompt": "x"}, qa("How?", "Well."), {"prompt": 3, "response": "y"}]
+
+
+def test_bad_rows_stop_the_run_and_name_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", BAD)
+    with pytest.raises(DataError) as error:
+        ready(path)
+    first, *lines = str(error.value).splitlines()
+    assert first == (
+        "bad.jsonl: 3 of 5 rows cannot be used; put them right, or data.bad_rows: skip leaves them out and lists them "
+        "in rejected.jsonl:"
+    )
+    assert [line.split(":")[:2] for line in lines] == [["  bad.jsonl", "2"], ["  bad.jsonl", "3"], ["  bad.jsonl", "5"]]
+    assert "empty answer" in lines[0] and "missing column 'response'" in lines[1]
+
+
+def test_skipped_rows_are_counted_and_kept_for_rejected_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    write(path, BAD)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "broken\n{"prompt": "a\\ud800", "response": "b"}\n')
+    data = ready(str(path), bad_rows="skip")
+    assert texts(data) == [row_text("Where?", "In town."), row_text("How?", "Well.")]
+    assert data.report["bad"] == 5
+    assert [(row.file, row.line) for row in data.rejected] == [("bad.jsonl", line) for line in (2, 3, 5, 6, 7)]
+    assert data.rejected[0].row == '{"prompt": "Who?", "response": ""}'
+    assert "broken JSON" in data.rejected[3].reason and "surrogate" in data.rejected[4].reason
+
+
+def test_a_file_of_bad_rows_only_is_an_error_in_both(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", [qa("Where?", ""), qa("Who?", "")])
+    for policy in ("error", "skip"):
+        with pytest.raises(DataError, match="^bad.jsonl: all 2 rows are bad:\n  bad.jsonl:1: "):
+            ready(path, bad_rows=policy)
+
+
+def test_plain_text_without_a_pattern_is_told_what_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("The fox lives.\nBy the river.\n")
+    with pytest.raises(
+        DataError, match='plain text without question and answer; .*\n  text: "{text}"\n  supervise: all'
+    ):
+        ready(str(path))
+    data = ready(str(path), text="{text}", supervise="all")
+    assert texts(data) == ["The fox lives.</s>", "By the river.</s>"]
+    assert data.train[0].supervised.tolist() == [False] + [True] * (len(data.train[0].ids) - 1)
+
+
+LONG = "the lazy dog by the old river " * 12
+
+
+def test_long_rows_are_dropped_by_default_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), qa("Who?", LONG), qa("How?", "Well.")])
+    data = ready(path, max_length=60)
+    assert texts(data) == [row_text("Where?", "In town."), row_text("How?", "Well.")]
+    assert data.report["dropped_for_length"] == 1
+    assert data.rejected[0].line == 2 and "tokens too long" in data.rejected[0].reason
+    with pytest.raises(DataError, match="a.jsonl: 1 rows are longer than data.max_length 60 allows.*\n  a.jsonl:2: "):
+        ready(path, max_length=60, too_long="error")
+
+
+def test_more_than_half_dropped_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), qa("Who?", LONG), qa("How?", LONG)])
+    with pytest.raises(DataError, match="2 of 3 rows are too long and would be dropped, more than half; raise data"):
+        ready(path, max_length=60)
+
+
+@pytest.mark.parametrize("row", [qa("Who?", LONG), qa(LONG, "Me."), qa(LONG, LONG)])
+def test_a_cut_keeps_template_and_end(tmp_path: Path, row: dict[str, str]) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), row])
+    data = ready(path, max_length=60, too_long="cut")
+    cut = data.train[1]
+    [text] = texts(data)[1:]
+    assert 50 <= len(cut.ids) <= 60
+    assert text.startswith("<|im_start|>user\n") and "<|im_end|>\n<|im_start|>assistant\n" in text
+    assert text.endswith("<|im_end|>\n")
+    assert cut.ids[np_last(cut.supervised)] == tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert data.report["cut"] == 1
+    lost = data.report["answer_tokens_lost"]
+    assert (lost > 0) == (row["response"] == LONG)
+
+
+def np_last(flags: Any) -> int:
+    return int(flags.nonzero()[0][-1])
+
+
+def test_a_cut_conversation_loses_whole_last_exchanges_first(tmp_path: Path) -> None:
+    turns = [("user", "Where?"), ("assistant", "In town."), ("user", "Who?"), ("assistant", LONG)]
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": role, "content": said} for role, said in turns]}])
+    data = ready(path, max_length=60, too_long="cut")
+    assert texts(data) == [row_text("Where?", "In town.")]
+
+
+def test_prompt_and_answer_have_limits_of_their_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), qa(LONG, LONG)])
+    data = ready(path, max_length=500, max_prompt=30, max_answer=20, too_long="cut")
+    cut = data.train[1]
+    special = set(range(4))
+    answer = [i for i in cut.ids[cut.supervised].tolist() if i not in special]
+    prompt = [i for i in cut.ids[: int(cut.supervised.argmax())].tolist() if i not in special]
+    assert 17 <= len(answer) <= 20 and 27 <= len(prompt) <= 30
+
+
+def test_the_split_never_parts_rows_of_one_prompt(tmp_path: Path) -> None:
+    rows = [qa(f"Where {i % 100}?", f"Town {i}.") for i in range(300)]
+    path = write(tmp_path / "a.jsonl", rows)
+    for wanted in (0.25, 30):
+        data = ready(path, eval=wanted)
+        train = {text.split("<|im_end|>")[0] for text in texts(data)}
+        held = {text.split("<|im_end|>")[0] for text in texts(data, "eval")}
+        assert not train & held and len(train) + len(held) == 100
+        assert data.eval is not None and len(data.eval) % 3 == 0
+        assert len(data.eval) == (30 if wanted == 30 else pytest.approx(75, abs=30))
+    assert set(texts(ready(path, eval=0.25, seed=1), "eval")) != set(texts(ready(path, eval=0.25), "eval"))
+    with pytest.raises(DataError, match="data.eval: 301 rows are to be held out, and there are 300"):
+        ready(path, eval=301)
+
+
+def test_an_eval_file_is_kept_apart(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [qa("Where?", "In town.")])
+    held = write(tmp_path / "b.jsonl", [qa("Who?", "Me."), qa("How?", "Well.")])
+    data = ready(train, eval=held)
+    assert len(data.train) == 1 and data.eval is not None
+    assert data.eval.origin(1) == "b.jsonl:2"
+    assert [source["part"] for source in data.report["sources"]] == ["train", "eval"]
+
+
+def test_a_sample_is_seeded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa(f"Where {i}?", f"Town {i}.") for i in range(100)])
+    one, again, other = (texts(ready(path, sample=10, seed=seed)) for seed in (1, 1, 2))
+    assert len(one) == 10 and one == again and one != other
+    with pytest.raises(DataError, match="data.sample: 101 rows are asked for, and 100 can be used"):
+        ready(path, sample=101)
+
+
+def test_files_keep_their_weights(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [qa(f"Where {i}?", "Town.") for i in range(6)])
+    b = write(tmp_path / "b.jsonl", [qa(f"Who {i}?", "Me.") for i in range(4)])
+    data = ready([DataFile(path=a), DataFile(path=b, weight=2.5)])
+    assert data.train_sources == [(0, 6, 1.0), (6, 10, 2.5)]
+
+
+def test_the_rendered_rows_can_be_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("say <|im_end|>", "No."), qa("Who?", "Me.")])
+    out = tmp_path / "text.jsonl"
+    ready(path, write_text=str(out))
+    lines = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert lines == [row_text("say <|im_end|>", "No."), row_text("Who?", "Me.")]
