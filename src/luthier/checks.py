@@ -76,7 +76,7 @@ def _unknown_key(key: Key) -> str:
     """What to say of a key that is not there: not yet, elsewhere called otherwise, misplaced or misspelt."""
     section, name = key[:-1], str(key[-1])
     word = name.lower().replace("-", "_")
-    if False:
+    if dotted(key) in FUTURE_KEYS:
         return LATER
     if word in FOREIGN:
         return f"a key of {FOREIGN[word].tools}; here: {FOREIGN[word].here}"

@@ -86,10 +86,10 @@ def _pattern(data: DataSection) -> Iterator[Conflict]:
     shown = ", ".join(f"{{{name}}}" for name in names)
     if data.template != "auto":
         yield Conflict(("data.template", "data.text"), "data.text is given as well and stands in its place; keep one")
-    if data.format in ("messages", "sharegpt"):
+    if data.format not in ("auto", "text"):
         yield Conflict(
             ("data.format", "data.text"),
-            f"{data.format} rows are conversations, and data.text is a pattern over columns; keep one",
+            f"{data.format} is written by a template, and data.text is a pattern over columns; keep one",
         )
     if answer is None and data.supervise != "all":
         yield Conflict(

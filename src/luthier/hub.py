@@ -152,6 +152,7 @@ def _hf_data(name: str, repo: str, config: str | None, split: str | None, say: S
         raise HubError(f"{name}: ./{repo} lies here and the library would take it; for that one write ./{repo}")
     _check_data_there(name, repo, say)
     from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         splits = load_dataset(repo, config, keep_in_memory=False)
@@ -160,7 +161,10 @@ def _hf_data(name: str, repo: str, config: str | None, split: str | None, say: S
         if configs:
             names = ", ".join(f"hf:{repo}/{one}" for one in re.findall(r"'([^']+)'", configs[1]))
             raise HubError(f"{name}: name one of its configurations: {names}") from error
-        raise _plain(error, name) from error
+        if isinstance(error, DatasetNotFoundError) or _is_disk_full(error):
+            raise _plain(error, name) from error
+        reason = _reason(error.__cause__ or error)
+        raise HubError(f"{name}: no table can be made of it ({reason}); fetch its files, give their path") from error
     chosen = split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else "")
     if chosen not in splits:
         whole = name.partition("[")[0]
@@ -198,6 +202,11 @@ def _is_answer(error: BaseException) -> bool:
     )
 
 
+def _is_disk_full(error: BaseException) -> bool:
+    chain = (error, error.__cause__, error.__context__)
+    return any(getattr(one, "errno", None) == errno.ENOSPC or "No space left" in str(one) for one in chain)
+
+
 def _status(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
@@ -206,9 +215,8 @@ def _plain(error: BaseException, name: str, revision: str = "main") -> HubError:
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
 
-    chain = [one for one in (error, error.__cause__, error.__context__) if one is not None]
-    refused = next((one for one in chain if _status(one)), error)
-    if any(getattr(one, "errno", None) == errno.ENOSPC or "No space left" in str(one) for one in chain):
+    refused = next((one for one in (error, error.__cause__, error.__context__) if _status(one)), error) or error
+    if _is_disk_full(error):
         return HubError(f"{name}: the disk is full; make room, or move the cache: export HF_HOME=FOLDER")
     if isinstance(refused, GatedRepoError) or "is a gated dataset" in str(error):
         return HubError(
@@ -247,7 +255,7 @@ def _unreachable(name: str, error: BaseException) -> HubError:
 
 def _reason(error: BaseException) -> str:
     """The error in a few words: its kind, and its first line unless an address (and a password) can stand in it."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set"
     if status := _status(error):
         return f"status {status}"

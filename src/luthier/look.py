@@ -107,7 +107,7 @@ def _checks_table(checks: Sequence[Check]) -> Table:
     grid.add_column(overflow="fold")
     for check in checks:
         if check.count:
-            about = Text(f"{check.what}\n{visible(chr(10).join(check.named))}".rstrip())
+            about = Text("\n".join([check.what, *map(visible, check.named)]))
             about.stylize(SOFT, len(check.what))
             grid.add_row(Text(*MARKS[check.weight]), _share(check), about)
     fine = "; ".join(check.what for check in checks if not check.count)

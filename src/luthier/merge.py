@@ -229,9 +229,8 @@ def _write_weights(folder: Path, weights: Weights, outputs: list[_Output], chang
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {output.name: _merged(weights, output, changes.get(output.name)) for output in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
+        save_file(_tensors(weights, shard, changes), folder / file, metadata={"format": "pt"})  # freed before the next
+        index |= {output.name: file for output in shard}
     if len(shards) > 1:
         total = sum(output.bytes for output in outputs)
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
@@ -245,6 +244,10 @@ def _shards(outputs: list[_Output]) -> Iterator[list[_Output]]:
             shard = []
         shard.append(output)
     yield shard
+
+
+def _tensors(weights: Weights, shard: list[_Output], changes: dict[str, _Change]) -> dict[str, Tensor]:
+    return {output.name: _merged(weights, output, changes.get(output.name)) for output in shard}
 
 
 def _merged(weights: Weights, output: _Output, change: _Change | None) -> Tensor:
@@ -266,7 +269,7 @@ def _write_config(folder: Path, config: dict[str, Any], dtype: torch.dtype, unti
 
 def _write_rest(folder: Path, base: Path, root: Path, adapter: Path, ends: Sequence[int], say: Say) -> None:
     """Tokenizer, licence, generation settings. The adapter's own tokenizer wins: it has the run's template."""
-    source = adapter if any((adapter / name).is_file() for name in TOKENIZER_FILES) else root
+    source = adapter if any((adapter / name).is_file() for name in TOKENIZER_FILES) else base
     for place, patterns in ((source, TOKENIZER), (base, LICENCES)):
         for file in (file for pattern in patterns for file in place.glob(pattern) if file.is_file()):
             shutil.copyfile(file, folder / file.name)

@@ -123,28 +123,28 @@ def new_recipe(
 
 
 def load_prompts(section: GenerateSection) -> list[str | list[dict[str, str]]]:
-    """The prompts of a recipe: texts, or conversations ({"role": …, "content": …} each) to be answered.
+    """The prompts of a recipe, given in it or by a file (`read_prompts`)."""
+    return read_prompts(Path(section.prompts)) if isinstance(section.prompts, str) else list(section.prompts)
 
-    A .txt file is one prompt, its whole text. A .jsonl file has one a line: a text, or an object with `prompt` or
-    `messages`. Errors: DataError naming file and line.
+
+def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
+    """The prompts in a file: texts, or conversations ({"role": …, "content": …} each) to be answered.
+
+    A .jsonl file has one a line: a text, or an object with `prompt` or `messages`. Any other is one prompt, its whole
+    text. Errors: DataError naming file and line.
     """
-    if not isinstance(section.prompts, str):
-        return list(section.prompts)
-    path = Path(section.prompts)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if path.suffix == ".txt":
-        prompts: list[str | list[dict[str, str]]] = [text] if text.strip() else []
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        prompts = [_prompt(line, f"{path}:{number}") for number, line in lines if line.strip()]
-    if not prompts:
+    if not text.strip():
         raise DataError(f"{path}: holds no prompt")
-    return prompts
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = enumerate(text.split("\n"), start=1)
+    return [_prompt(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
 def _prompt(line: str, place: str) -> str | list[dict[str, str]]:

@@ -132,6 +132,13 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = F
     return run
 
 
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file, or of a run folder (whose data may have moved since)."""
+    if path.is_dir():
+        return load_recipe(RunFolder.open(path).recipe, overrides, check_files=False)
+    return load_recipe(path, overrides)
+
+
 def load_encoder(recipe: Recipe, say: Say, today: date) -> tuple[Path, Any, Encoder]:
     """The model's folder, its tokenizer, and the encoder of the recipe's rows and prompts."""
     from luthier.data.encode import Encoder
@@ -209,13 +216,12 @@ def _wanted(path: Path, overrides: Sequence[str], resume: bool) -> tuple[Recipe,
         raise RecipeError(
             f"{path} is a run; go on with it by --resume, or train its recipe anew: {path / 'recipe.yaml'}"
         )
-    recipe = load_recipe(path / "recipe.yaml" if path.is_dir() else path, overrides)
     if not resume:
-        return recipe, None
+        return load_recipe(path, overrides), None
+    recipe = read_recipe(path, overrides)
     folder = RunFolder.open(path.absolute()) if path.is_dir() else _newest(run_name(recipe, path))
-    changed = [
-        line for line in recipe_difference(load_recipe(folder.recipe), recipe) if not line.startswith(FREE_ON_RESUME)
-    ]
+    begun = load_recipe(folder.recipe, check_files=False)
+    changed = [line for line in recipe_difference(begun, recipe) if not line.startswith(FREE_ON_RESUME)]
     if changed:
         shown = "\n".join(f"  {line}" for line in changed)
         raise RecipeError(f"{folder.path} was begun with another recipe; undo the change, or start anew:\n{shown}")
@@ -244,7 +250,7 @@ def today_of(folder: RunFolder | None) -> date:
 
 def _record(folder: RunFolder, recipe: Recipe, data: Data, device: Any) -> None:
     """What the run was made of: resolved recipe, data, environment, rejected rows."""
-    save_recipe(recipe, folder.recipe)
+    save_recipe(recipe.model_copy(update={"run": folder.name}), folder.recipe)
     write_json(folder.data, data.report)
     rejected = [{**row._asdict()} for row in data.rejected]
     write_atomic(folder.rejected, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))

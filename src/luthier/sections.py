@@ -38,7 +38,7 @@ def pattern_columns(pattern: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"is no pattern ({error}); write {{{{ and }}}} for braces that are text") from None
     for _, name, form, conversion in parts:
-        if name is not None and (not name or form or conversion or set(name) & set(".[")):
+        if name is not None and (not name or name.isdigit() or form or conversion or set(name) & set(".[]{}")):
             raise ValueError(
                 "is no pattern: braces hold a column's name and nothing else; write {{ and }} for braces that are text"
             )

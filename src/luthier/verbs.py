@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.folder import write_atomic, write_json
+from luthier.folder import write_atomic
 from luthier.quiet import quiet
-from luthier.recipe import load_prompts, load_recipe
+from luthier.recipe import load_prompts, read_prompts
 from luthier.run import (
     Loaded,
     Prompt,
@@ -24,6 +25,7 @@ from luthier.run import (
     load_folder,
     load_run,
     open_run,
+    read_recipe,
     result_folder,
     today_of,
     train,
@@ -52,17 +54,20 @@ def look(
     quiet()
     from rich.console import Console
 
-    from luthier import look as pages
     from luthier.data.inspect import look as inspect
+    from luthier.look import look_html, show
 
     path = Path(recipe)
-    loaded = load_recipe(path / "recipe.yaml" if path.is_dir() else path, overrides)
+    loaded = read_recipe(path, overrides)
     _, _, encoder = load_encoder(loaded, say, today_of(None))
-    data = load_data(loaded, encoder, say)
+    shown = loaded.model_copy(update={"data": loaded.data.model_copy(update={"bad_rows": "skip"})})
+    data = load_data(shown, encoder, say)
+    if data.report["bad"] and loaded.data.bad_rows == "error":
+        say(f"luthier train would stop: {data.report['bad']:,} bad rows; put them right, or set data.bad_rows: skip")
     facts = inspect(data, encoder, loaded.data, rows, seed)
-    pages.show(facts, Console())
+    show(facts, Console())
     page = html or Path(f"{path.stem}-look.html")
-    write_atomic(page, pages.look_html(facts))
+    write_atomic(page, look_html(facts))
     return page
 
 
@@ -88,7 +93,7 @@ def generate(
     loaded, section = _loaded(target, adapter, base, options, say)
     asked: list[Prompt] = list(prompts)
     if prompt_file is not None:
-        asked += load_prompts(GenerateSection(prompts=str(prompt_file)))
+        asked += read_prompts(prompt_file)
     if not asked and standard_input is not None and (text := standard_input().rstrip("\n")):
         asked = [text]
     asked = asked or load_prompts(section)
@@ -147,16 +152,70 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
 
 
 def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
-    """The run's base and adapter as one model folder, verified in a fresh process.
+    """The run's base and adapter as one model folder, verified in a fresh process from disk.
 
     Errors: ModelError for a folder that is taken; RunError where the merged model is not the same model.
     """
-    raise NotImplementedError
+    quiet()
+    from luthier.merge import merge as merge_folders
+    from luthier.verify import POSITIONS, verify, write_rows
+
+    path, _, encoder = load_encoder(run.recipe, say, today_of(run.folder))
+    data = load_data(run.recipe, encoder, say)
+    report = merge_folders(path, result_folder(run), out, run.recipe.merge.dtype, say=say, ends=encoder.end_ids)
+    write_note(out, encoder, run.recipe.data)
+    parts = [part for part in (data.eval, data.train) if part is not None]
+    examples = (part[i] for part in parts for i in range(len(part)))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch) / "rows.npz"
+        there = write_rows(((example.ids, example.supervised) for example in examples), rows)
+        if there < POSITIONS:
+            say(f"the data has {there} supervised tokens; the merge is verified on those instead of {POSITIONS:,}")
+        verify(out, rows, say)
+    return report
 
 
 def quickstart(folder: Path, *, say: Say = print) -> Run:
-    """The journey of the README in `folder`: copy, look, train, compare, merge, verify."""
-    raise NotImplementedError
+    """The journey of the README in `folder`: copy, look, train, compare, merge, verify. Errors: RunError."""
+    quiet()
+    began = time.monotonic()
+    recipe = _copied(folder, say)
+    _heading(say, "1 · The data as the model sees it", f"luthier look {recipe.name}")
+    look(recipe, rows=2, say=say)
+    _heading(say, "2 · Training", f"luthier train {recipe.name}")
+    run = train(recipe, say=say)
+    if run.outcome is not None and run.outcome.stopped is not None:
+        return run
+    shown = run.folder.path.relative_to(folder)
+    _heading(say, "3 · Base and tuned on prompts that were held out", f"luthier compare {shown}")
+    compare(run, say=say)
+    out = folder / f"{run.folder.name}-merged"
+    _heading(say, "4 · One model of its own", f"luthier merge {shown} -o {out.name}")
+    merge(run, out, say=say)
+    say(f"\nDone in {time.monotonic() - began:.0f} s. Next, try:")
+    say(f'  luthier generate {out.name} --prompt "{load_prompts(run.recipe.generate)[0]}"')
+    say(f"  luthier chat {shown}")
+    say(f"  luthier train {recipe.name} method.r=4 train.epochs=2")
+    return run
+
+
+def _copied(folder: Path, say: Say) -> Path:
+    """The embedded recipe, data and model, copied where they are not there yet; the recipe's path."""
+    source = resources.files("luthier") / "assets"
+    with resources.as_file(source) as assets:
+        wanted = {"tiny": assets / "tiny", **{path.name: path for path in (assets / "quickstart").iterdir()}}
+        for name, path in sorted(wanted.items()):
+            if (folder / name).exists():
+                say(f"{name}: there already, taken as it is")
+            elif path.is_dir():
+                shutil.copytree(path, folder / name)
+            else:
+                shutil.copyfile(path, folder / name)
+    return folder / "quickstart.yaml"
+
+
+def _heading(say: Say, title: str, command: str) -> None:
+    say(f"\n── {title} ── {command}\n")
 
 
 def _loaded(
@@ -194,6 +253,3 @@ def _settings(settings: dict[str, Any], options: dict[str, Any]) -> GenerateSect
 
 def _said(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-__all__ = ["Path", "nullcontext", "resources", "result_folder", "shutil", "train", "write_json", "write_note"]

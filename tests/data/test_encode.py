@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from luthier.data.encode import Encoded, Encoder
 from luthier.data.formats import BadRow, Conversation, Message
 from luthier.errors import DataError
 from luthier.sections import DataSection
+from tiny import tiny_tokenizer
 
 TODAY = date(2026, 3, 4)
 REAL = ["tokenizers/qwen2", "tokenizers/llama2", "tokenizers/chinese-llama2", "models/stories260k"]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
 
 from luthier.data.encode import Encoder
 from luthier.data.prepare import Data, prepare
 from luthier.errors import DataError
 from luthier.sections import DataFile, DataSection
+from tiny import tiny_tokenizer
 
 TODAY = date(2026, 3, 4)
 

@@ -77,8 +77,10 @@ def _candidates(signatures: np.ndarray) -> list[tuple[int, int]]:
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * PER_BAND, (band + 1) * PER_BAND):
             keys = _mix(keys ^ signatures[:, column])
-        order = np.argsort(keys, kind="stable")
-        for bucket in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+        _, place, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(counts[place] > 1)
+        order = shared[np.argsort(place[shared], kind="stable")]
+        for bucket in np.split(order, np.flatnonzero(np.diff(place[order])) + 1):
             found.update((int(bucket[0]), row) for row in bucket[1:].tolist())
             found.update(pairwise(bucket.tolist()))
     return sorted(found)

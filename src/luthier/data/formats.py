@@ -10,8 +10,6 @@ text        a pattern over the columns, or a column `text`
 from __future__ import annotations
 
 import json
-import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,7 +17,7 @@ from typing import Any, Literal
 from luthier.data.columns import SYNONYMS, Found, all_names, join_names, listed, named, no_column, unsettled
 from luthier.data.sources import Row
 from luthier.errors import DataError
-from luthier.sections import Columns, DataSection
+from luthier.sections import Columns, DataSection, pattern_columns
 
 ROLES: dict[str, tuple[str, ...]] = {
     "system": ("system", "developer"),
@@ -33,6 +31,7 @@ NEEDS = {
     "alpaca": "the columns instruction and output",
     "prompt": "a prompt column and an answer column",
 }
+pattern_names = pattern_columns  # as templates.py calls it
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 _KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 
@@ -128,7 +127,7 @@ def _as_messages(found: Found, given: Columns) -> Format | None:
         messages = [m for value in found[column] if isinstance(value, list) for m in value if isinstance(m, dict)]
         for name, keys in _KEYS.items():
             if any(message.keys() >= set(keys) for message in messages):
-                columns = Columns(messages=column, system=_system(found, given))
+                columns = Columns(messages=column, system=given.system or _beside("system", found))
                 return _format(name, columns, found, f"turns = {column}")
     return None
 
@@ -154,15 +153,20 @@ def _as_prompt(found: Found, given: Columns) -> Format | None:
 
 
 def _exchange(name: str, prompt: list[str], response: str, found: Found, given: Columns) -> Format:
-    history = given.history or next(iter(named("history", found)), "history")
-    columns = Columns(prompt=prompt, response=response, system=_system(found, given), history=history)
+    taken = [*prompt, response]
+    columns = Columns(
+        prompt=prompt,
+        response=response,
+        system=given.system or _beside("system", found, taken),
+        history=given.history or _beside("history", found, taken),
+    )
     there = [column for column in prompt if column in found]
     return _format(name, columns, found, f"prompt = {' + '.join(there)}, response = {response}")
 
 
-def _system(found: Found, given: Columns) -> str:
+def _beside(kind: str, found: Found, taken: Sequence[str] = ()) -> str | None:
     """Also where no row so far has it: a column that comes later in a ragged file must not be lost."""
-    return given.system or next(iter(named("system", found)), "system")
+    return next((column for column in [*named(kind, found), kind] if column not in taken), None)
 
 
 def _is_plain_text(found: Found, given: Columns) -> bool:
@@ -171,18 +175,19 @@ def _is_plain_text(found: Found, given: Columns) -> bool:
 
 
 def _as_text(found: Found, given: Columns, section: DataSection, file: str) -> Format:
-    if section.format not in ("auto", "text"):
-        raise DataError(f"{file}: text is a pattern over columns; it goes with format: auto, not {section.format}")
-    names = pattern_names(pattern_of(section))
+    names = pattern_columns(_pattern(section))
     stands_for = {"prompt": given.prompt, "response": given.response, "system": given.system or section.system}
     for name in names:
         if name not in found and not stands_for.get(name):
             remedy = f"; {{{name}}} also stands for columns: {{{name}: …}}" if name in stands_for else ""
             raise DataError(f"{file}: text: {no_column(name, found)}{remedy}")
-    for key, name in (("before_prompt", "prompt"), ("system", "system")):
-        if getattr(section, key) and not (name in names and stands_for[name]):
-            raise DataError(f"{file}: {key} has no place in text; write {{{name}}} into the pattern, or the words")
-    return _format("text", given, found, json.dumps(pattern_of(section), ensure_ascii=False), also=names)
+    own = {name: name for name in stands_for if name in names and name in found and not getattr(given, name)}
+    columns = given.model_copy(update=own)
+    return _format("text", columns, found, json.dumps(_pattern(section), ensure_ascii=False), also=names)
+
+
+def _pattern(section: DataSection) -> str:
+    return section.text or "{text}"
 
 
 def _format(name: Any, columns: Columns, found: Found, how: str, also: Sequence[str] = ()) -> Format:
@@ -309,45 +314,22 @@ def _check_turns(turns: Sequence[Message]) -> None:
 # ---- text patterns
 
 
-def pattern_of(section: DataSection) -> str:
-    """The text pattern; a source of plain text without one has the column `text`."""
-    return section.text if section.text is not None else "{text}"
-
-
-def pattern_names(pattern: str) -> list[str]:
-    """The columns that a pattern names, in order; {{ and }} are braces. Errors: DataError where it cannot be read."""
-    try:
-        parts = list(string.Formatter().parse(pattern))
-    except ValueError as error:
-        raise DataError(f"data.text: {pattern!r} cannot be read ({error}); {{{{ and }}}} stand for braces") from None
-    names = [name for _, name, _, _ in parts if name is not None]
-    odd = [name for _, name, spec, conversion in parts if name is not None and (spec or conversion)]
-    odd += [name for name in names if not name or name.isdigit() or re.search(r"[.\[\]{}]", name)]
-    if odd:
-        raise DataError(f"data.text: {{{odd[0]}…}} is no column's name; {{{{ and }}}} stand for braces")
-    if not names:
-        raise DataError(f'data.text: {pattern!r} names no column, as "Quote: {{quote}}" does')
-    return names
-
-
 def _fields(values: Mapping[str, Any], columns: Columns, section: DataSection) -> dict[str, str]:
-    names = pattern_names(pattern_of(section))
+    """What the pattern's names stand for in this row: prompt, response and system by `columns`, else a column each."""
+    names = pattern_columns(_pattern(section))
     fields: dict[str, str] = {}
     for name in names:
-        if name == "prompt" and columns.prompt:
+        if name == "prompt":
             fields[name] = _prompt(values, columns, section)
-        elif name == "response" and columns.response:
-            fields[name] = _response(values, columns.response)
-        elif name == "system" and (columns.system or section.system):
+        elif name in ("response", columns.response):
+            fields[name] = _response(values, columns.response or "")
+        elif name == "system":
             fields[name] = _text(values, columns.system) or section.system or ""
         elif values.get(name) is None:
             raise BadRow(f"missing column {name!r}")
         else:
             fields[name] = _text(values, name) or ""
-    answer = "response" if "response" in names else columns.response if columns.response in names else None
-    if answer and not fields[answer].strip():
-        raise BadRow(f"empty answer in column {answer!r}")
-    if not any(text.strip() for text in fields.values()):
+    if not any(fields.values()):
         raise BadRow("empty text")
     return fields
 

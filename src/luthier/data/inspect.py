@@ -133,8 +133,9 @@ class Edge(NamedTuple):
 def _edges(examples: Examples) -> list[Edge]:
     edges = []
     for i in range(len(examples)):
-        ids, spans = examples[i].ids, examples.spans(i)
-        edges.append(Edge(spans[0][0], int(ids[0]), int(ids[1]), int(ids[spans[-1][1] - 1])))
+        example = examples[i]
+        ids, taught = example.ids, example.supervised.nonzero()[0]
+        edges.append(Edge(int(taught[0]), int(ids[0]), int(ids[1]), int(ids[taught[-1]])))
     return edges
 
 

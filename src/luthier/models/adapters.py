@@ -174,11 +174,13 @@ def merged_already(base: Path) -> list[str]:
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """The base model inside the block: low-rank parts, trained copies and trained biases are out of the way."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with model.disable_adapter(), _original_biases(model):
-        yield
-    model.requires_grad_(False)  # PEFT makes every adapter trainable when it switches it on again
-    for parameter in trainable:
-        parameter.requires_grad_(True)
+    try:
+        with model.disable_adapter(), _original_biases(model):
+            yield
+    finally:
+        model.requires_grad_(False)  # PEFT makes every adapter trainable when it switches it on again
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:

@@ -161,7 +161,7 @@ class Training:
             torch.autograd.backward(loss)
             mean += loss.detach()
             self.monitor.beat()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), section.clip or math.inf)
         value, size = torch.stack((mean, norm.float())).tolist()  # the step's only wait for the device
         if not (math.isfinite(value) and math.isfinite(size)):
             raise self.not_finite(f"step {state.step + 1}: loss {value:g}, gradient norm {size:g}", examples, rows)

@@ -1,0 +1,155 @@
+"""What stops a run, with its exact words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from luthier.errors import RunError
+from luthier.train.guard import Movement, clear_when_full, fingerprint, not_finite, stoppable
+
+
+def movement(steps, dtype=torch.float32, unused=False, warming_up=False, lr=1e-3, size=2):
+    """Train `used` (and not `unused`) for some steps with the check on; what it says."""
+    parameters = {"used": nn.Parameter(torch.ones(size, dtype=dtype))}
+    if unused:
+        parameters["unused"] = nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr)
+    said = []
+    check = Movement(parameters, optimizer, said.append)
+    for _ in range(steps):
+        parameters["used"].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        check.check(warming_up)
+    return said
+
+
+def test_tensors_that_move_pass_in_silence():
+    assert movement(25) == []
+
+
+def test_a_tensor_that_no_gradient_reaches_stops_the_run_after_three_steps():
+    assert movement(2, unused=True) == []
+    with pytest.raises(RunError) as error:
+        movement(3, unused=True, warming_up=True)
+    assert str(error.value) == (
+        "after 3 steps 1 trainable tensor(s) have not moved; "
+        "no gradient reaches unused: are they used in the forward pass?"
+    )
+
+
+def test_steps_that_rounding_swallows_stop_the_run():
+    with pytest.raises(RunError) as error:
+        movement(3, dtype=torch.bfloat16)
+    assert str(error.value) == (
+        "after 3 steps 1 trainable tensor(s) have not moved; "
+        "the steps of used are lost in the rounding of bfloat16: raise train.lr or use fp32"
+    )
+
+
+def test_early_in_a_warm_up_they_are_expected_and_checked_again():
+    said = movement(19, dtype=torch.bfloat16, warming_up=True)
+    assert said == [
+        "not moved after 3 steps, since the warm-up's first steps are lost in rounding: used; "
+        "checked again after step 20"
+    ]
+    with pytest.raises(RunError, match="^after 20 steps 1 trainable tensor"):
+        movement(20, dtype=torch.bfloat16, warming_up=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_fingerprint_sees_one_bit_and_any_swap(dtype):
+    tensor = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    first = fingerprint(tensor)
+    assert fingerprint(tensor.clone()) == first
+    assert fingerprint(tensor.T.contiguous().T) == first  # values count, not how they lie in memory
+    changed = tensor.clone()
+    changed[3, 2] = torch.nextafter(changed[3, 2], torch.tensor(9.0, dtype=dtype))
+    assert fingerprint(changed) != first
+    assert fingerprint(tensor.flip(0)) != first
+    assert fingerprint(torch.tensor([1.0, 2.0])) != fingerprint(torch.tensor([2.0, 1.0]))
+    assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))
+
+
+def test_rows_that_are_not_finite_are_named_and_the_last_checkpoint(tmp_path):
+    (tmp_path / "step-000005").mkdir()
+    (tmp_path / "step-000005" / "state.json").write_text("{}")
+    error = not_finite("step 7: loss nan, gradient norm nan", range(20), lambda row: row < 8, "a:{}".format, tmp_path)
+    assert str(error) == (
+        "step 7: loss nan, gradient norm nan; the weights have not been touched; rows that give this by themselves: "
+        f"a:8, a:9, a:10, a:11, a:12; last good checkpoint: {tmp_path}/step-000005; "
+        "look at those rows, lower train.lr, or compute in fp32"
+    )
+
+
+def test_no_row_alone(tmp_path):
+    error = not_finite("step 1: …", range(2), lambda row: True, "a:{}".format, tmp_path)
+    assert "; no row gives this by itself; last good checkpoint: none yet; " in str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, error):
+    with pytest.raises(RunError) as caught, clear_when_full(tmp_path / "checkpoints", 64):
+        raise error
+    assert str(caught.value) == (
+        f"{tmp_path}: no room left on the disk; last good checkpoint: none yet; free some space and resume"
+    )
+
+
+def test_a_full_device_is_one_line(tmp_path):
+    with pytest.raises(RunError) as caught, clear_when_full(tmp_path, 16_384):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert str(caught.value) == (
+        "out of memory on the device with 16,384 tokens in a pass; lower train.tokens_per_pass or set "
+        "train.activation_checkpointing: true (neither changes the result)"
+    )
+
+
+def test_other_errors_pass_through(tmp_path):
+    with pytest.raises(PermissionError), clear_when_full(tmp_path, 64):
+        raise PermissionError(errno.EACCES, "no")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(number):
+    acted = []
+    before = signal.signal(number, lambda *_: acted.append("acted"))
+    mine = signal.getsignal(number)
+    try:
+        with stoppable() as stop:
+            assert stop.signal is None
+            os.kill(os.getpid(), number)
+            assert stop.signal == number and acted == []
+            os.kill(os.getpid(), number)
+            assert acted == ["acted"]
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
+
+
+def test_another_thread_runs_without_signals():
+    seen = []
+
+    def work():
+        with stoppable() as stop:
+            seen.append(stop.signal)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None]
