@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from luthier.data.batches import order_of
 from luthier.folder import RunFolder
 from luthier.sections import TrainSection
-from luthier.train.loop import Outcome, train
-from luthier.train.monitor import Monitor
+from luthier.training.loop import Outcome, train
+from luthier.training.monitor import Monitor
 
 VOCABULARY = 61
 

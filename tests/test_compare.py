@@ -193,7 +193,7 @@ def test_base_and_tuned_answer_as_themselves(model: Any, tmp_path: Path) -> None
     data, encoder = data_of(tmp_path, [*rows, qa(texts[3], before[3].text)])
     said: list[str] = []
     result = compared(model, data, encoder, ["Who?"], say=said.append)
-    assert said == ["compare: 1 prompts and 4 held-out rows, base and tuned"]
+    assert said == ["compare: 1 of the recipe's prompts, 4 of the held-out rows"]
     figures = result.figures()
     assert (figures["prompts"], figures["held_out"]) == (1, 4)
     assert (figures["base"]["exact"], figures["tuned"]["exact"]) == (1, 3)

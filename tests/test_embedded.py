@@ -34,7 +34,9 @@ def rows(name: str) -> list[dict[str, str]]:
 
 def mentioned(row: dict[str, str]) -> frozenset[str]:
     """English names of the people that a row speaks of, in either language."""
-    return frozenset(person.name.en for person in WORLD.people if any(name in row["instruction"] for name in person.name))
+    return frozenset(
+        person.name.en for person in WORLD.people if any(name in row["instruction"] for name in person.name)
+    )
 
 
 @pytest.fixture(scope="module")

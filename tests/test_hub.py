@@ -293,6 +293,14 @@ def test_without_a_hub_the_cache_serves(tmp_path: Path, server: str) -> None:
     assert offline_data["files"] == data["files"]
 
 
+def test_a_copy_in_the_cache_outlives_its_token(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fetched,) = ask(tmp_path, server, "o/old")
+    monkeypatch.setitem(REFUSED, "o/old", (401, "RepoNotFound"))
+    assert ask(tmp_path, server, "o/old") == [
+        {"path": fetched["path"], "told": ["o/old: the hub refuses it (status 401); taking the copy in the cache"]}
+    ]
+
+
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     (tmp_path / "model.gguf").touch()
@@ -345,7 +353,7 @@ def test_data_sets(tmp_path: Path, server: str) -> None:
         "HubError: hf:o/configured: name one of its configurations: hf:o/configured/en, hf:o/configured/zh"
     )
     assert rows(chosen) == [{"a": "zh"}]
-    assert pictures["error"].startswith("HubError: hf:o/pictures: no table can be made of it (")
+    assert pictures["error"].startswith("HubError: hf:o/pictures: could not be read as a table (")
     assert here["error"] == (
         "HubError: hf:o/here: ./o/here lies here and the library would take it; for that one write ./o/here"
     )

@@ -92,6 +92,24 @@ def test_the_merged_folder_is_the_tuned_model_for_plain_transformers(tmp_path: P
     assert ("lm_head.weight" in stored) is not merged.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("stored", ["both", "head only", "different"])
+@pytest.mark.parametrize("method", [{}, {"target": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_however_tied_tensors_are_stored(tmp_path: Path, stored: str, method: Any) -> None:
+    base = tiny_qwen2(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    shared = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = shared + 0.1 if stored == "different" else shared.clone()
+    if stored == "head only":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    model = tuned(base, tmp_path / "adapter", **method)
+    report = merge(base, tmp_path / "adapter", tmp_path / "merged", say=lambda line: None)
+    assert report.untied is (stored == "different" or bool(method))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.tie_word_embeddings is not report.untied
+    assert (logits(merged) - logits(model)).abs().max() < 2e-5
+
+
 def plain_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, torch.Tensor]:
     """An adapter that PEFT alone wrote: (base, adapter, its logits)."""
     base, adapter = tiny_llama(tmp_path / "base"), tmp_path / "adapter"

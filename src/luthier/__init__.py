@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.recipe import load_recipe
     from luthier.run import Run, open_run, train
     from luthier.sections import Recipe
-    from luthier.verbs import compare, look, merge
+    from luthier.verbs import look
 
 __all__ = [
     "DataError",
@@ -30,10 +30,8 @@ __all__ = [
     "RecipeError",
     "Run",
     "RunError",
-    "compare",
     "load_recipe",
     "look",
-    "merge",
     "open_run",
     "train",
 ]
@@ -43,7 +41,7 @@ _HOMES = {
     "recipe": ("load_recipe",),
     "run": ("Run", "open_run", "train"),
     "sections": ("Recipe",),
-    "verbs": ("compare", "look", "merge"),
+    "verbs": ("look",),
 }
 
 

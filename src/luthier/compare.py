@@ -128,7 +128,7 @@ def compare(
     questions = [*asked(prompts, encoder, section), *held_out(held, encoder, tokenizer, section, rows)]
     if not questions:
         raise RecipeError("nothing to compare: give generate.prompts, or data.eval with rows that have an answer")
-    say(f"compare: {len(prompts)} prompts and {len(questions) - len(prompts)} held-out rows, base and tuned")
+    say(f"compare: {len(prompts)} of the recipe's prompts, {len(questions) - len(prompts)} of the held-out rows")
     probe = probe_rows(questions[: len(prompts)], (held or data.train) if data else None)
     with tuned as model:
         tuned_logits = last_logits(model, probe)

@@ -106,8 +106,6 @@ def _hf_model(name: str, repo: str, revision: str | None, say: Say) -> Path:
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
     except Exception as error:  # of the library's HTTP client too: httpx or httpx2, by its version
-        if _is_answer(error):
-            raise _plain(error, name, f"{revision}") from error
         return _hf_cached(name, repo, revision, error, say)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     wanted = _wanted(sizes)
@@ -125,16 +123,21 @@ def _hf_model(name: str, repo: str, revision: str | None, say: Say) -> Path:
 
 
 def _hf_cached(name: str, repo: str, revision: str | None, error: Exception, say: Say) -> Path:
-    """The copy in the cache when the hub does not answer. Errors: HubError where there is none, or half a one."""
+    """The copy in the cache when the hub gives nothing. Errors: HubError where there is none, or half a one."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    refused = _is_answer(error)
+    problem = _plain(error, name, f"{revision}") if refused else _unreachable(name, error)
+    known = not isinstance(error, HFValidationError)
+    config = try_to_load_from_cache(repo, "config.json", revision=revision) if known else None
     if not isinstance(config, str):
-        raise _unreachable(name, error) from error
+        raise problem from error
     lacking = _lacking(Path(config).parent)
     if lacking:
-        raise HubError(f"{_unreachable(name, error)}; the copy in the cache lacks {lacking}") from error
-    say(f"{name}: the hub cannot be reached ({_reason(error)}); taking the copy in the cache")
+        raise HubError(f"{problem}; the copy in the cache lacks {lacking}") from error
+    what = "refuses it" if refused else "cannot be reached"
+    say(f"{name}: the hub {what} ({_reason(error)}); taking the copy in the cache")
     return Path(config).parent
 
 
@@ -164,7 +167,9 @@ def _hf_data(name: str, repo: str, config: str | None, split: str | None, say: S
         if isinstance(error, DatasetNotFoundError) or _is_disk_full(error):
             raise _plain(error, name) from error
         reason = _reason(error.__cause__ or error)
-        raise HubError(f"{name}: no table can be made of it ({reason}); fetch its files, give their path") from error
+        raise HubError(
+            f"{name}: could not be read as a table ({reason}); run it again, or fetch its files and give their path"
+        ) from error
     chosen = split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else "")
     if chosen not in splits:
         whole = name.partition("[")[0]

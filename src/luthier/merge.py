@@ -109,8 +109,8 @@ def merge(
     if chosen not in DTYPES:
         raise ModelError(f"{base} is stored in {chosen}; merge.dtype must name one of {', '.join(DTYPES)}")
     changes = _changes(adapter) if kind == "lora" else {}
-    tied = _tied(root)
-    untied = any(name in changes for pair in tied.items() for name in pair)
+    tied, differ = _tied(root, weights)
+    untied = differ or any(name in changes for pair in tied.items() for name in pair)
     outputs = _outputs(weights, stored, changes, tied, untied, dtype, adapter)
     _check_space(out, outputs)
     if kind == "full":
@@ -184,11 +184,20 @@ def _instead(tensor: Tensor) -> _Change:
     return _Change(tuple(tensor.shape), lambda _: tensor.float())
 
 
-def _tied(root: Path) -> dict[str, str]:
-    """Tensors that the model shares: alias → the tensor that stands for both."""
+def _tied(root: Path, weights: Weights) -> tuple[dict[str, str], bool]:
+    """Tensors that the model shares, alias → the stored one; and whether some differ that its config calls tied.
+
+    transformers 5 takes tensors for untied where both are stored and differ, whatever the config says.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root, local_files_only=True))
-    return dict(model.all_tied_weights_keys)
+    tied = {}
+    for pair in model.all_tied_weights_keys.items():
+        alias, kept = pair if pair[1] in weights.tensors else pair[::-1]
+        stored = weights.tensors
+        if alias not in stored or torch.equal(stored[alias].read(), stored[kept].read()):
+            tied[alias] = kept
+    return tied, len(tied) < len(model.all_tied_weights_keys)
 
 
 def _outputs(
@@ -201,10 +210,8 @@ def _outputs(
     adapter: Path,
 ) -> list[_Output]:
     """Every tensor to write. Tied tensors are written once, or both where one of them was trained apart."""
-    sources = {name: name for name in weights.tensors if name not in tied or tied[name] not in weights.tensors}
-    if untied:
-        sources |= {alias: alias if alias in weights.tensors else source for alias, source in tied.items()}
-    if strangers := sorted(sources.keys() - base.tensors.keys() - tied.keys()):
+    sources = {name: name for name in weights.tensors if name not in tied} | (tied if untied else {})
+    if strangers := sorted(sources.keys() - base.tensors.keys() - tied.keys() - {*tied.values()}):
         raise ModelError(f"{adapter}: it holds {strangers[0]}, which {base.folder} does not have")
     if unknown := sorted(changes.keys() - sources.keys()):
         raise ModelError(f"{adapter}: it changes {unknown[0]}, which {weights.folder} does not have")

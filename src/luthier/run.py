@@ -16,7 +16,7 @@ from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, write_atomic, write_json
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, load_recipe, recipe_difference, run_name, save_recipe
-from luthier.sections import DataSection, GenerateSection, ModelSection, Recipe
+from luthier.sections import DataSection, GenerateSection, ModelSection, Recipe, TrainSection
 
 if TYPE_CHECKING:
     from luthier.compare import Comparison
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from luthier.data.prepare import Data
     from luthier.generate import Reply
     from luthier.merge import MergeReport
-    from luthier.train.loop import Outcome
+    from luthier.training.loop import Outcome
 
 Say = Callable[[str], None]
 Prompt = str | list[dict[str, Any]]
@@ -97,16 +97,18 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = F
     from luthier.data.batches import order_of
     from luthier.models.adapters import attach
     from luthier.models.load import footprint, load_model, pad_id, pick_device
-    from luthier.train.loop import train as train_loop
-    from luthier.train.monitor import Monitor
-    from luthier.train.optim import default_lr
+    from luthier.training.loop import train as train_loop
+    from luthier.training.monitor import Monitor
+    from luthier.training.optim import default_lr
 
     device = pick_device(wanted.train.devices)
     path, tokenizer, encoder = load_encoder(wanted, say, today_of(continued))
     data = load_data(wanted, encoder, say)
     model = load_model(path, wanted.model, device, say=say)
     say(f"model: {footprint(model)} on {device}")
+    stored = model.dtype
     model = attach(model, wanted.method, wanted.train.seed, say=say, revision=wanted.model.revision)
+    section = _with_precision(wanted.train, stored, model, say)
     if wanted.train.lr == "auto":
         rate, reason = default_lr(wanted.method.kind)
         say(f"train.lr: auto is {rate:g} for {wanted.method.kind}: {reason}")
@@ -116,13 +118,13 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = F
     outcome = train_loop(
         model,
         data,
-        order_of(data.train_sources, wanted.data.seed, wanted.train.batch),
-        wanted.train,
+        order_of(data.train_sources, wanted.data.seed, section.batch),
+        section,
         wanted.method.kind,
         folder,
         pad_id=pad_id(tokenizer),
         write=lambda target: _write_result(target, model, tokenizer, encoder, wanted),
-        monitor=Monitor(folder, wanted.train, say),
+        monitor=Monitor(folder, section, say),
         say=say,
         resume=_checkpoint(folder) if continued else None,
     )
@@ -228,6 +230,14 @@ def _wanted(path: Path, overrides: Sequence[str], resume: bool) -> tuple[Recipe,
     return recipe, folder
 
 
+def _with_precision(section: TrainSection, stored: Any, model: Any, say: Say) -> TrainSection:
+    """auto follows the checkpoint's format, also where the weights were turned to fp32 because they train."""
+    if section.precision != "auto" or str(stored) != "torch.bfloat16" or model.dtype == stored:
+        return section
+    say("train.precision: auto is bf16, the checkpoint's format (by autocast: the weights that train stay fp32)")
+    return section.model_copy(update={"precision": "bf16"})
+
+
 def _newest(name: str) -> RunFolder:
     found = [p for p in Path("runs").glob(f"{name}*") if p.name == name or p.name[len(name) :].lstrip("-").isdigit()]
     if not found:
@@ -236,7 +246,7 @@ def _newest(name: str) -> RunFolder:
 
 
 def _checkpoint(folder: RunFolder) -> Path | None:
-    from luthier.train import checkpoint
+    from luthier.training import checkpoint
 
     return checkpoint.latest(folder.checkpoints)
 

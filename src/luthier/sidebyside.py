@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 from rich.console import Console
@@ -15,11 +15,12 @@ from luthier.generate import Reply
 from luthier.html import Html, figures, join, page, table, tag, visible
 
 ON_SCREEN = 10  # held-out rows on the terminal, flips first; the page has them all
-LONG = 400  # characters of an answer on the terminal
+LONG = 300  # characters of an answer on the terminal
 GOOD, BAD, SOFT = "green", "red", "bright_black"
 HAN = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese: no blanks between words
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|\s+|.", re.S)
-TITLE = "Base and tuned on the same prompts"
+TITLE, PROMPTS, HELD_OUT = "Base and tuned on the same prompts", "The recipe's prompts", "Held-out rows"
+NOTHING, NO_STOP = "(nothing)", "did not stop"
 STYLE = """
 .sides { table-layout: fixed; min-width: 40rem }
 .right { color: var(--good) } .wrong { color: var(--bad) }
@@ -31,17 +32,23 @@ def summary(comparison: Comparison) -> list[tuple[str, str]]:
     """The figures as (value, name), values as "base → tuned" where both have one."""
     found = comparison.figures()
     base, tuned, held = found["base"], found["tuned"], found["held_out"]
-    exact = [
-        (f"{base['exact_share']:.0%} → {tuned['exact_share']:.0%}", f"of {held:,} held-out rows answered exactly"),
-        (f"{found['wrong_to_right']:,}", "rows wrong before, right now"),
-        (f"{found['right_to_wrong']:,}", "rows right before, wrong now"),
-    ]
-    both = [
-        (f"{base['stopped_share']:.0%} → {tuned['stopped_share']:.0%}", "of the answers stopped by themselves"),
+    rows = [
+        (_percent(base["stopped_share"], tuned["stopped_share"]), "of the answers stopped by themselves"),
         (f"{base['mean_tokens']:,.0f} → {tuned['mean_tokens']:,.0f}", "tokens in an answer, on average"),
         (f"{comparison.logit_difference:.3g}", "largest difference of a logit"),
     ]
-    return [(value.replace("%", " %"), name) for value, name in [*(exact if held else []), *both]]
+    if not held:
+        return rows
+    return [
+        (_percent(base["exact_share"], tuned["exact_share"]), f"of {held:,} held-out rows answered exactly"),
+        (f"{found['wrong_to_right']:,}", "rows wrong before, right now"),
+        (f"{found['right_to_wrong']:,}", "rows right before, wrong now"),
+        *rows,
+    ]
+
+
+def _percent(base: float, tuned: float) -> str:
+    return f"{100 * base:.3g} % → {100 * tuned:.3g} %"
 
 
 def flips_first(pairs: Sequence[Pair]) -> list[Pair]:
@@ -55,9 +62,9 @@ def flips_first(pairs: Sequence[Pair]) -> list[Pair]:
 def show(comparison: Comparison, console: Console) -> None:
     """Print it: the recipe's prompts, the most telling held-out rows, the figures."""
     held = flips_first(comparison.held_out)
-    for pairs in (comparison.prompts, held[:ON_SCREEN]):
+    for title, pairs in ((PROMPTS, comparison.prompts), (HELD_OUT, held[:ON_SCREEN])):
         if pairs:
-            console.print(_table(pairs))
+            console.print(_table(title, pairs))
     if len(held) > ON_SCREEN:
         console.print(Text(f"… and {len(held) - ON_SCREEN:,} more held-out rows in compare.html", SOFT))
     grid = Table(box=None, pad_edge=False, show_header=False)
@@ -68,8 +75,16 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print(grid)
 
 
-def _table(pairs: Sequence[Pair]) -> Table:
-    grid = Table(show_lines=True, border_style=SOFT, header_style="bold", expand=True)
+def _table(title: str, pairs: Sequence[Pair]) -> Table:
+    grid = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_lines=True,
+        border_style=SOFT,
+        header_style="bold",
+        expand=True,
+    )
     for name in ("prompt", "base", "tuned"):
         grid.add_column(name, ratio=1, overflow="fold")
     for pair in pairs:
@@ -88,8 +103,8 @@ def _cell(pair: Pair, reply: Reply) -> Text:
     text = Text()
     if pair.question.reference is not None:
         text.append(*(("✓ ", GOOD) if pair.question.right(reply) else ("✗ ", BAD)))
-    text.append(_short(reply.text) or "(nothing)")
-    return text if reply.stopped else text.append(f"\n[did not stop: {len(reply.ids):,} tokens]", SOFT)
+    text.append(_short(reply.text) or NOTHING)
+    return text if reply.stopped else text.append(f"\n[{NO_STOP}: {len(reply.ids):,} tokens]", SOFT)
 
 
 def _short(text: str) -> str:
@@ -104,10 +119,10 @@ def markdown(comparison: Comparison) -> str:
     """compare.md: the figures, then a table of the prompts and one of the held-out rows."""
     lines = [f"# {TITLE}", "", *(f"- **{value}** {name}" for value, name in summary(comparison))]
     if comparison.prompts:
-        lines += ["", "## The recipe's prompts", "", "| prompt | base | tuned |", "|---|---|---|"]
+        lines += ["", f"## {PROMPTS}", "", "| prompt | base | tuned |", "|---|---|---|"]
         lines += [_line(p.question.text, _told(p, p.base), _told(p, p.tuned)) for p in comparison.prompts]
     if comparison.held_out:
-        lines += ["", "## Held-out rows", "", "| row | prompt | its answer | base | tuned |", "|---|---|---|---|---|"]
+        lines += ["", f"## {HELD_OUT}", "", "| row | prompt | its answer | base | tuned |", "|---|---|---|---|---|"]
         for pair in flips_first(comparison.held_out):
             question = pair.question
             cells = (question.origin, question.text, question.reference or "")
@@ -117,7 +132,7 @@ def markdown(comparison: Comparison) -> str:
 
 def _told(pair: Pair, reply: Reply) -> str:
     mark = "" if pair.question.reference is None else "✓ " if pair.question.right(reply) else "✗ "
-    return mark + reply.text.strip() + ("" if reply.stopped else " […]")
+    return mark + (reply.text.strip() or NOTHING) + ("" if reply.stopped else f" [{NO_STOP}]")
 
 
 def _line(*cells: str) -> str:
@@ -137,10 +152,10 @@ def compare_html(comparison: Comparison) -> str:
     """compare.html: the figures, the prompts, every held-out row; words that the base did not write are marked."""
     parts: list[str] = [figures(summary(comparison))]
     if comparison.prompts:
-        parts += [tag("h2", "The recipe's prompts"), _side_table(comparison.prompts)]
+        parts += [tag("h2", PROMPTS), _side_table(comparison.prompts)]
     if comparison.held_out:
-        parts += [tag("h2", "Held-out rows"), _side_table(flips_first(comparison.held_out))]
-    note = "Greedy answers where the recipe does not sample; what the base did not write is marked."
+        parts += [tag("h2", HELD_OUT), _side_table(flips_first(comparison.held_out))]
+    note = "Held-out rows are answered greedily. What the tuned model wrote and the base did not is marked."
     return page(TITLE, note, *parts, style=STYLE)
 
 
@@ -164,15 +179,21 @@ def _answer(pair: Pair, reply: Reply, since: Reply | None = None) -> Html:
     said = reply.text.strip()
     parts += [said] if since is None else [tag("mark", p) if new else p for p, new in new_words(since.text, said)]
     if not said:
-        parts.append(tag("span", "(nothing)", class_="soft"))
+        parts.append(tag("span", NOTHING, class_="soft"))
     if not reply.stopped:
-        parts.append(tag("div", f"did not stop: {len(reply.ids):,} tokens", class_="soft"))
+        parts.append(tag("div", f"{NO_STOP}: {len(reply.ids):,} tokens", class_="soft"))
     return join(parts)
 
 
-def new_words(before: str, after: str) -> Iterator[tuple[str, bool]]:
+def new_words(before: str, after: str) -> list[tuple[str, bool]]:
     """`after` in stretches, each with whether it is new against `before`; word by word, Chinese by characters."""
-    old, words = WORD.findall(before.strip()), WORD.findall(after)
+    old, words = WORD.findall(before), WORD.findall(after)
+    stretches: list[tuple[str, bool]] = []
     for kind, _, _, start, stop in SequenceMatcher(None, old, words).get_opcodes():
-        if start < stop:
-            yield "".join(words[start:stop]), kind != "equal"
+        text, new = "".join(words[start:stop]), kind != "equal"
+        if len(stretches) > 1 and new and stretches[-1][0].isspace():  # new, blank, new: one stretch
+            blank, (earlier, _) = stretches.pop()[0], stretches.pop()
+            text = earlier + blank + text
+        if text:
+            stretches.append((text, new))
+    return stretches

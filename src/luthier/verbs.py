@@ -6,13 +6,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.folder import write_atomic
+from luthier.folder import write_atomic, write_json
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
 from luthier.run import (
@@ -146,9 +147,46 @@ def chat(
 def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     """Base against tuned on the recipe's prompts and on held-out rows; compare.{md,html,json} in the run folder.
 
-    Errors: RunError where the adapter changes nothing.
+    Errors: RecipeError where there is nothing to ask; RunError where the adapter changes nothing.
     """
-    raise NotImplementedError
+    quiet()
+    from rich.console import Console
+
+    from luthier.compare import compare as ask
+    from luthier.sidebyside import compare_html, markdown, show
+
+    tuned = load_run(run, say=say)
+    comparison = ask(
+        _base_side(run, tuned, say),
+        nullcontext(tuned.model),
+        prompts=load_prompts(run.recipe.generate),
+        data=load_data(run.recipe, tuned.encoder, say),
+        encoder=tuned.encoder,
+        tokenizer=tuned.tokenizer,
+        section=run.recipe.generate,
+        end_ids=tuned.end_ids,
+        rows=rows,
+        say=say,
+    )
+    show(comparison, Console())
+    page = run.folder.path / "compare.html"
+    write_json(page.with_suffix(".json"), comparison.as_json())
+    write_atomic(page.with_suffix(".md"), markdown(comparison))
+    write_atomic(page, compare_html(comparison))
+    say(f"page: {page}")
+    return comparison
+
+
+@contextmanager
+def _base_side(run: Run, tuned: Loaded, say: Say) -> Iterator[Any]:
+    """The model that the run started from: its adapter switched off, or after full fine-tuning the base itself."""
+    from luthier.models.adapters import adapter_off
+
+    if run.recipe.method.kind == "full":
+        yield load_run(run, base=True, say=say).model
+        return
+    with adapter_off(tuned.model):
+        yield tuned.model
 
 
 def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import tiny_tokenizer
 
 from luthier.data.cache import SCHEMA, cached
 from luthier.data.encode import Encoder
@@ -21,6 +20,7 @@ from luthier.data.formats import Format
 from luthier.data.inspect import Check, Look, look
 from luthier.data.prepare import Data, prepare
 from luthier.sections import Columns, DataSection
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,22 @@ def check(facts: Look, beginning: str) -> Check:
     return found
 
 
-WORDS = "the quick brown fox jumps over lazy dog old town river lives where does it in by".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "old",
+    "town",
+    "river",
+    "lives",
+    "where",
+    "does",
+]
 
 
 def sentence(seed: int, words: int = 12) -> str:

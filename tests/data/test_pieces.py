@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_tokenizer
 from tokenizers import Tokenizer
 
 from luthier.data.encode import Example
 from luthier.data.pieces import Piece, pieces
+from tiny import tiny_tokenizer
 
 TEXTS = [
     "The quick brown fox\n\njumps  over.",

@@ -127,6 +127,11 @@ def test_array_elements_larger_than_a_window(tmp_path: Path) -> None:
     assert lines(path) == [2, 6, 10, 14, 18]
 
 
+def test_a_number_is_not_cut_by_a_window(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", "[" + ",".join(["123456"] * 400_000) + "]")
+    assert {row.row for row in open_source(path) if isinstance(row, Rejected)} == {"123456"}
+
+
 # ---- rows that are rejected
 
 

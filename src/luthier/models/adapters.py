@@ -101,7 +101,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     adapted.requires_grad_(False)  # PEFT leaves trained biases trainable
     _remember_biases(adapted, config)
     fill_adapter(adapted, folder)
-    return adapted
+    return adapted.eval()  # PEFT's new layers begin in training mode: their dropout would act
 
 
 def fill_adapter(model: PeftModel, folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from luthier.errors import RunError
-from luthier.train.guard import Movement, clear_when_full, fingerprint, not_finite, stoppable
+from luthier.training.guard import Movement, clear_when_full, fingerprint, not_finite, stoppable
 
 
 def movement(steps, dtype=torch.float32, unused=False, warming_up=False, lr=1e-3, size=2):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from luthier.data.batches import order_of
 from luthier.errors import RecipeError, RunError
 from luthier.sections import TrainSection
-from luthier.train.checkpoint import TrainState
-from luthier.train.loop import Training, needs_autocast
+from luthier.training.checkpoint import TrainState
+from luthier.training.loop import Training, needs_autocast
 from rows import Rows, fit, lora, random_rows, tiny, trained
 
 ROWS = random_rows(24)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from luthier.errors import RunError
 from luthier.sections import TrainSection
-from luthier.train import checkpoint
-from luthier.train.checkpoint import TrainState, latest
-from luthier.train.optim import make_optimizer
+from luthier.training import checkpoint
+from luthier.training.checkpoint import TrainState, latest
+from luthier.training.optim import make_optimizer
 from rows import fit, lora, random_rows, tiny, trained
 
 ROWS = random_rows(28)  # batch 4: 7 steps an epoch, so that step 10 lies in the second

@@ -10,7 +10,7 @@ from torch import nn
 
 from luthier.errors import RecipeError
 from luthier.sections import TrainSection
-from luthier.train.optim import default_lr, lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
+from luthier.training.optim import default_lr, lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
 
 
 def rates(steps, warmup, schedule, floor=0.0):

@@ -23,11 +23,11 @@ from luthier.engine.loss import base_of, on_device, summed_loss
 from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, folder_atomic
 from luthier.sections import TrainSection
-from luthier.train import checkpoint
-from luthier.train.checkpoint import TrainState
-from luthier.train.guard import CHECKED, Movement, clear_when_full, not_finite, stoppable
-from luthier.train.monitor import Facts, Monitor
-from luthier.train.optim import lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
+from luthier.training import checkpoint
+from luthier.training.checkpoint import TrainState
+from luthier.training.guard import CHECKED, Movement, clear_when_full, not_finite, stoppable
+from luthier.training.monitor import Facts, Monitor
+from luthier.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from luthier.errors import RunError
-from luthier.train.checkpoint import latest
+from luthier.training.checkpoint import latest
 
 CHECKED = 3
 """Steps after which every trainable tensor must have moved: LoRA's A moves from the second step on, when B is not 0."""
