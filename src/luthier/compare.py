@@ -169,9 +169,10 @@ def held_out(
         ids, (start, stop) = rows[i].ids.tolist(), rows.spans(i)[0]
         if section.max_length is not None and start >= section.max_length:
             continue
-        answer = [id for id in ids[start:stop] if id not in encoder.end_ids]
-        said = _decode(tokenizer, _without(ids[:start], frame)).strip()
-        question = Question(rows.origin(i), said, ids[:start], _decode(tokenizer, answer).strip())
+        said, answer = _without(ids[:start], frame), ids[start:stop]
+        question = Question(
+            rows.origin(i), _decode(tokenizer, said).strip(), ids[:start], _decode(tokenizer, answer).strip()
+        )
         found.setdefault(tuple(ids[:start]), question)
     return list(found.values())
 
@@ -210,6 +211,7 @@ def _without(ids: list[int], frame: tuple[list[int], list[int]]) -> list[int]:
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text without special tokens: an answer's end token goes with them."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

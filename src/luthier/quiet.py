@@ -7,7 +7,10 @@ import os
 import sys
 import warnings
 
-LIBRARIES = ("transformers", "peft", "datasets", "accelerate", "bitsandbytes", "huggingface_hub", "httpx", "torch")
+LIBRARIES = (
+    "transformers", "peft", "datasets", "accelerate", "bitsandbytes", "huggingface_hub", "httpx", "torch",
+    "modelscope", "modelscope_hub",
+)  # fmt: skip
 
 
 def quiet() -> None:

@@ -63,7 +63,7 @@ class Examples:
     def origin(self, i: int) -> str:
         """`file:line` of row i."""
         number, row = self.chosen[i]
-        return self._sources[number].origin(int(row))
+        return self._sources[int(number)].origin(int(row))
 
     def column(self, of: Callable[[Store], np.ndarray]) -> np.ndarray:
         """A column of the cache for these rows, [n]."""
@@ -74,4 +74,4 @@ class Examples:
 
     def _at(self, i: int) -> tuple[Store, int]:
         number, row = self.chosen[i]
-        return self._sources[number].store, int(row)
+        return self._sources[int(number)].store, int(row)

@@ -31,7 +31,6 @@ NEEDS = {
     "alpaca": "the columns instruction and output",
     "prompt": "a prompt column and an answer column",
 }
-pattern_names = pattern_columns  # as templates.py calls it
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 _KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 

@@ -234,7 +234,7 @@ def _leaks(train: Examples, held: Examples) -> list[Check]:
 
 def _near(train: Examples, held: Examples, seed: int) -> list[Check]:
     """Rows that nearly repeat another, and eval rows that nearly stand in training; on a seeded draw of them."""
-    distinct = np.unique(_digests(train, "row"), return_index=True)[1]
+    distinct = np.sort(np.unique(_digests(train, "row"), return_index=True)[1])
     fresh = np.flatnonzero(~np.isin(_digests(held, "row"), _digests(train, "row")))
     ours = distinct[drawn(MOST_ROWS * 3 // 4, train.lengths[distinct], seed)].tolist()
     theirs = fresh[drawn(MOST_ROWS // 4, held.lengths[fresh], seed)].tolist()

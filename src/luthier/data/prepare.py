@@ -22,7 +22,7 @@ from luthier.data.cut import excess, shorten
 from luthier.data.encode import Encoded, Encoder
 from luthier.data.examples import BAD, CUT, OK, TOO_LONG, Examples, Source
 from luthier.data.formats import BadRow, Conversation, Format, recognise, to_conversation
-from luthier.data.sources import Rejected, Row, fingerprint, open_source
+from luthier.data.sources import Rejected, Row, fingerprint, open_source, source_files
 from luthier.data.split import eval_part, ranges, sampled, usable
 from luthier.errors import DataError
 from luthier.folder import write_atomic
@@ -85,7 +85,7 @@ def _is_file(section: DataSection) -> bool:
 
 
 def _source(entry: DataFile, section: DataSection, encoder: Encoder, say: Callable[[str], None]) -> Source:
-    files = hub.data_files(entry.path, Path.cwd(), say)
+    files = [file for path in hub.data_files(entry.path, Path.cwd(), say) for file in source_files(path)]
     columns = entry.columns or section.columns
     first = list(islice((row for file in files for row in open_source(file) if isinstance(row, Row)), LOOKED_AT))
     if not first:

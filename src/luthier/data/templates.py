@@ -15,10 +15,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from luthier.data.formats import BadRow, Conversation, Message, pattern_names
+from luthier.data.formats import BadRow, Conversation, Message
 from luthier.data.jinja import compile_chat_template
 from luthier.errors import DataError
-from luthier.sections import DataSection
+from luthier.sections import DataSection, pattern_columns
 
 # Two of Unicode's noncharacters, which no text may contain: what lies between them is the number of a special
 # token that a message spelt out.
@@ -209,7 +209,7 @@ def _with_end(segments: Text, marks: Marks) -> Text:
 
 def _pattern(section: DataSection, marks: Marks) -> Template:
     pattern = section.text or ""
-    names = pattern_names(pattern)
+    names = pattern_columns(pattern)
     answers = ["response", section.columns.response if section.columns else None]
     answer = next((name for name in answers if name in names), None)
     head, tail = (pattern, "") if answer is None else _parted(pattern, answer)
@@ -223,7 +223,7 @@ def _pattern(section: DataSection, marks: Marks) -> Template:
 
     def prompt(messages: Sequence[Message]) -> Rendered:
         known = {"system": marks.protect(section.system)} if section.system else {}
-        asked = set(pattern_names(head)) - known.keys()
+        asked = set(pattern_columns(head)) - known.keys()
         if answer is None or len(asked) != 1:
             raise DataError(f"data.text: {pattern!r} has no single column for a user's turn; give the prompt raw")
         return [[Segment(head.format_map({**known, asked.pop(): marks.protect(messages[-1].content)}), False)]]
