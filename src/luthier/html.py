@@ -17,7 +17,8 @@ STYLE = """
 body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "PingFang SC", "Hiragino Sans GB",
   "Microsoft YaHei", "Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", sans-serif }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem } h3 { font-size: 1rem; margin: 0 }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
+h3 { font-size: 1rem; margin: 0 0 .3rem } h3 .soft { font-weight: 400 }
 header p, .soft, figcaption, dt, th { color: var(--soft) } header p { margin: .2rem 0 0 }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 table { border-collapse: collapse; width: 100% }

@@ -56,7 +56,7 @@ def show(look: Look, console: Console) -> None:
     console.print(_legend(bracketed))
     for row in look.rows:
         console.rule(Text(f"{row.origin} · {_counted(row)}", SOFT), style=SOFT, align="left")
-        console.print(_coloured(row.pieces, bracketed), overflow="fold")
+        console.print(_coloured(row.pieces, bracketed), soft_wrap=True)  # the terminal breaks lines, not the words
         console.print(_ids(row.ids), overflow="fold")
 
 
@@ -177,7 +177,7 @@ def look_html(look: Look) -> str:
         _sources(report["sources"]),
         tag("h2", "Checks"),
         _checks(look.checks),
-        tag("h2", f"{len(look.rows)} rows, drawn at random"),
+        tag("h2", "Rows, drawn at random"),
         _legend_html(),
         *map(_row_html, look.rows),
         tag("h2", "Lengths in tokens"),
@@ -229,8 +229,9 @@ def _legend_html() -> Html:
 
 def _row_html(row: Shown) -> Html:
     ids = tag("details", tag("summary", "ids"), tag("div", " ".join(map(str, row.ids)), class_="ids"))
+    title = tag("h3", row.origin, tag("span", f" · {_counted(row)}", class_="soft"))
     text = tag("div", *map(_token, row.pieces), class_="text")
-    return tag("section", tag("h3", row.origin), tag("p", _counted(row), class_="soft"), text, ids, class_="panel")
+    return tag("section", title, text, ids, class_="panel")
 
 
 def _token(piece: Piece) -> Html:

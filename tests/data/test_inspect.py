@@ -162,14 +162,15 @@ def test_eval_rows_that_stand_in_training(tmp_path: Path) -> None:
     pairs = [(sentence(i), sentence(1000 + i)) for i in range(30)]
     train = write(tmp_path / "train.jsonl", qa(*pairs, ("Tell me.", long)))
     held = qa(pairs[4], (pairs[5][0], "another"), ("Tell me.", long + " fox"), ("all", "new"), pairs[4])
+    held += qa(("alike", sentence(7, 60)), ("alike", sentence(7, 60) + " fox"))  # to one another, not to training
     facts = looked(train=train, eval=write(tmp_path / "eval.jsonl", held))
     assert check(facts, "eval rows that stand in training") == Check(
-        "eval rows that stand in training", 2, 5, ["eval.jsonl:1 = train.jsonl:5", "eval.jsonl:5 = train.jsonl:5"]
+        "eval rows that stand in training", 2, 7, ["eval.jsonl:1 = train.jsonl:5", "eval.jsonl:5 = train.jsonl:5"]
     )
     prompts = check(facts, "further eval prompts in training")
     assert (prompts.count, prompts.named) == (2, ["eval.jsonl:2 = train.jsonl:6", "eval.jsonl:3 = train.jsonl:31"])
     near = check(facts, "eval rows nearly in training")
-    assert (near.count, near.of) == (1, 3)
+    assert (near.count, near.of) == (1, 5)
     assert near.named[0].startswith("train.jsonl:31 ≈ eval.jsonl:3 (0.")
     assert check(facts, "near copies").count == 0
 

@@ -16,7 +16,7 @@ from embedded.texts import END
 from embedded.tokenizer import PAD
 
 LONGEST = 512  # positions the model is made for; documents of the valley are rarely over 200 tokens
-STEPS, WARMUP, RATE = 2000, 60, 4e-3
+STEPS, WARMUP, RATE = 1800, 60, 4e-3
 TOKENS_PER_STEP = 4096
 POOL = 4096  # documents sorted by length at a time, so that a batch needs little padding
 

@@ -28,7 +28,7 @@ def documents(world: World, seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     while True:
         writer = Writer(rng, world, rng.choice(LANGUAGES))
-        yield render(writer.chat()) if rng.random() < 0.7 else writer.text() + END
+        yield render(writer.chat()) if rng.random() < 0.72 else writer.text() + END
 
 
 class Writer:
@@ -80,7 +80,7 @@ class Writer:
 
     def exchange(self) -> Turns:
         kinds = [self.one_fact, self.two_answers, self.meeting, self.who, self.sight, self.small_talk, self.tale]
-        return self.rng.choices(kinds, [40, 30, 10, 5, 4, 4, 4])[0]()
+        return self.rng.choices(kinds, [36, 36, 8, 5, 4, 4, 4])[0]()
 
     def one_fact(self) -> Turns:
         """A fact asked for, in full or briefly; now and then another one after it, with a pronoun."""
@@ -108,7 +108,7 @@ class Writer:
 
     def answered(self, question: str, full: str, brief: str) -> Turns:
         language, question = self.language, self.language.question(question)
-        if self.rng.random() < 0.35:
+        if self.rng.random() < 0.45:
             question, full = question + self.rng.choice(language.briefly), brief
         return [("user", question), ("assistant", language.sentence(full))]
 

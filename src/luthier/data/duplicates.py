@@ -95,4 +95,4 @@ def _mix(values: np.ndarray) -> np.ndarray:
     """The finisher of splitmix64: any change of its input changes half of its output (Steele, Lea, Flood 2014)."""
     z = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return np.asarray(z ^ (z >> np.uint64(31)))

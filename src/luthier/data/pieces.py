@@ -38,7 +38,7 @@ def pieces(example: Example, tokenizer: Tokenizer, special: Container[int]) -> l
             if len(set(flags)) == 1:
                 found.append(Piece(text, tuple(ids[start:stop]), flags[0], ids[start] in special))
             else:  # a row's first token is never taught, the rest of its character is: each by the tokenizer's name
-                named = [tokenizer.id_to_token(id) for id in ids[start:stop]]
+                named = [str(tokenizer.id_to_token(id)) for id in ids[start:stop]]
                 found += [Piece(n, (i,), f, False) for n, i, f in zip(named, ids[start:stop], flags, strict=True)]
             before, start = start, stop
     return found

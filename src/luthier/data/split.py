@@ -58,5 +58,6 @@ def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def ranges(examples: Examples, sources: Sequence[Source]) -> list[tuple[int, int, float]]:
+    """(start, stop, weight) of each source's rows in `examples`, in the order of the sources."""
     ends = np.searchsorted(examples.chosen[:, 0], np.arange(len(sources) + 1)).tolist()
     return [(ends[i], ends[i + 1], source.weight) for i, source in enumerate(sources)]

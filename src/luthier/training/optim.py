@@ -65,5 +65,6 @@ def make_optimizer(parameters: dict[str, nn.Parameter], section: TrainSection) -
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Put the step's learning rate into every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
