@@ -28,7 +28,7 @@ ORDER = [
     {"sections"},
     {"folder", "hub", "html", "quiet", "foreign", "yamlfile"},
     {"data", "vocabulary", "conflicts"},
-    {"engine", "checks", "look"},
+    {"engine", "checks", "lookpage"},
     {"models"},
     {"generate"},
     {"training"},

@@ -120,7 +120,14 @@ def test_half_formats_are_held_to_divergence_and_first_choice(
 
 
 @pytest.mark.parametrize(
-    "method", [{"modules_to_save": ["embed_tokens"]}, {"target": ["lm_head"]}, {"bias": "all"}, {"kind": "full"}]
+    "method",
+    [
+        {"dropout": 0.5},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target": ["lm_head"]},
+        {"bias": "all"},
+        {"kind": "full"},
+    ],
 )
 def test_every_method_is_verified(tmp_path: Path, rows: Path, method: Any) -> None:
     base = tiny_qwen2(tmp_path / "base", tie_word_embeddings=True)

@@ -56,7 +56,7 @@ def look(
     from rich.console import Console
 
     from luthier.data.inspect import look as inspect
-    from luthier.look import look_html, show
+    from luthier.lookpage import look_html, show
 
     path = Path(recipe)
     loaded = read_recipe(path, overrides)

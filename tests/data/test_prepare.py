@@ -260,3 +260,19 @@ def test_the_rendered_rows_can_be_written(tmp_path: Path) -> None:
     ready(path, write_text=str(out))
     lines = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
     assert lines == [row_text("say <|im_end|>", "No."), row_text("Who?", "Me.")]
+
+
+def test_the_turns_of_one_conversation_stay_on_one_side(tmp_path: Path) -> None:
+    """Where a template makes one example a turn, a later turn's prompt holds the earlier one's answer."""
+    template = tmp_path / "counts.jinja"
+    counted = "{{ messages|length }} {% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    template.write_text(counted + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    roles = ["user", "assistant"] * 3
+    rows = [{"messages": [{"role": r, "content": f"{n} {i}"} for n, r in enumerate(roles)]} for i in range(20)]
+    path = write(tmp_path / "a.jsonl", rows)
+    data = ready(path, template=str(template), eval=0.3)
+    assert data.eval is not None and data.report["sources"][0]["rows"] == 20
+    sides = [{part.origin(i) for i in range(len(part))} for part in (data.train, data.eval)]
+    assert len(data.train) + len(data.eval) == 60 and not sides[0] & sides[1]
+    sample = ready(path, template=str(template), sample=4)
+    assert len(sample.train) == 12

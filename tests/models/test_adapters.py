@@ -181,7 +181,7 @@ def test_a_tied_head_that_trains_is_said(tmp_path: Path) -> None:
 # -- saving and loading -------------------------------------------------------------------------------------------
 
 METHODS: list[dict[str, Any]] = [
-    {},
+    {"dropout": 0.5},
     {"target": ["q_proj"], "bias": "all", "alpha": 32, "r": 2},
     {"target": ["q_proj", "lm_head"], "bias": "lora_only"},
     {"target": ["embed_tokens", "v_proj"]},

@@ -116,6 +116,11 @@ class Encoder:
         """What decides a row's ids beside the row and the section: for the cache's key and the run's record."""
         return self._identity
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizers library's object: ids ↔ text, without torch."""
+        return self._head
+
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def render(self, conversation: Conversation) -> tuple[list[Rendered], bool]:

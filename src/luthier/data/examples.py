@@ -26,6 +26,10 @@ class Source:
     sha256: str
     store: Store
 
+    def lines(self) -> np.ndarray:
+        """One number a row of the files, int64 [rows of the store]: the examples of one conversation share it."""
+        return np.asarray(self.store.column("line") + (self.store.column("file").astype(np.int64) << 40))
+
     def origin(self, row: int) -> str:
         """`file:line` of a row of the store."""
         return f"{self.files[self.store.value('file', row)].name}:{self.store.value('line', row)}"
@@ -41,8 +45,8 @@ class Examples:
         """`chosen`: int64 [n, 2], which source and which of its rows."""
         self._sources = sources
         self.chosen = chosen
-        self.lengths = self.column(lambda store: store.lengths)
-        self.supervised = self.column(lambda store: store.supervised)
+        self.lengths = self.column(lambda source: source.store.lengths)
+        self.supervised = self.column(lambda source: source.store.supervised)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -65,9 +69,9 @@ class Examples:
         number, row = self.chosen[i]
         return self._sources[int(number)].origin(int(row))
 
-    def column(self, of: Callable[[Store], np.ndarray]) -> np.ndarray:
-        """A column of the cache for these rows, [n]."""
-        columns = [of(source.store) for source in self._sources]
+    def column(self, of: Callable[[Source], np.ndarray]) -> np.ndarray:
+        """Something of every row of a source, for these rows: [n]."""
+        columns = [of(source) for source in self._sources]
         parts = np.array([0, *(len(column) for column in columns)]).cumsum()
         whole = np.concatenate(columns) if columns else np.zeros(0, np.int64)
         return np.asarray(whole[parts[self.chosen[:, 0]] + self.chosen[:, 1]])

@@ -1,6 +1,6 @@
 """What the model will see, as facts: random rows, lengths, drops, duplicates, leaks, first and last tokens.
 
-`luthier.look` shows them.
+`luthier.lookpage` shows them.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def look(data: Data, encoder: Encoder, section: DataSection, rows: int, seed: in
 
 
 def _tokenizer(encoder: Encoder) -> Any:
-    return encoder._head
+    return encoder.tokenizer
 
 
 def _shown(train: Examples, encoder: Encoder, rows: int, seed: int) -> list[Shown]:
@@ -203,7 +203,7 @@ def _fates(data: Data) -> list[Check]:
 
 def _digests(examples: Examples, of: str) -> np.ndarray:
     """uint64 [n]: of each `row`, or of each `prompt`."""
-    return examples.column(lambda store: store.column(of).astype(np.uint64))
+    return examples.column(lambda source: source.store.column(of).astype(np.uint64))
 
 
 def _duplicates(train: Examples) -> list[Check]:

@@ -109,8 +109,9 @@ def _source(entry: DataFile, section: DataSection, encoder: Encoder, say: Callab
     began = time.monotonic()
     store, warm = cached(key, lambda: _encode_source(files, shape, section, encoder, say), say)
     took = "from the cache" if warm else f"encoded in {time.monotonic() - began:.1f} s"
-    say(f"data: {_short(entry.path)}: {len(store):,} rows {took}; {shape.how}")
-    return Source(entry.path, files, shape, entry.weight, sha256, store)
+    source = Source(entry.path, files, shape, entry.weight, sha256, store)
+    say(f"data: {_short(entry.path)}: {len(np.unique(source.lines())):,} rows {took}; {shape.how}")
+    return source
 
 
 # What of the section changes a row's ids; seed, sample and split stand on top of the cache.
@@ -171,8 +172,12 @@ def _encode_rows(
             records.append({**where, "status": BAD, "reason": one, "raw": _raw(row)})
             continue
         conversation, examples, split = one
-        for _ in examples:
-            records.append(_record(next(encoded), conversation, split, row, where, encoder))
+        made = [next(encoded) for _ in examples]
+        # The turns of one conversation fall on one side of a split together: a later one's prompt tells the answer.
+        prompt = next((e.prompt for e in made if isinstance(e, Encoded)), b"")
+        for example in made:
+            whole = example._replace(prompt=prompt) if isinstance(example, Encoded) else example
+            records.append(_record(whole, conversation, split, row, where, encoder))
     return records
 
 
@@ -198,7 +203,8 @@ def _record(
     status, lost = OK, 0
     what, over = excess(encoded, encoder)
     if what:
-        reason = f"its {what} is {over} tokens too long ({len(encoded.ids)} in all)"
+        subject = "" if what == "row" else f"its {what} is "
+        reason = f"{subject}{over:,} tokens too long ({len(encoded.ids):,} in all)"
         whole = encoded.answer_tokens
         cuttable = encoder.section.too_long == "cut" and not split
         shorter = shorten(conversation, encoder, lambda c: _encode_one(c, encoder)) if cuttable else None
@@ -298,7 +304,7 @@ def _report(
                 "path": source.path,
                 "part": "eval" if source in held else "train",
                 "sha256": source.sha256,
-                "rows": len(source.store),
+                "rows": len(np.unique(source.lines())),
                 "weight": source.weight,
                 "format": source.format.name,
                 "columns": source.format.columns.model_dump(exclude_none=True),

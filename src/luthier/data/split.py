@@ -23,7 +23,7 @@ def usable(sources: Sequence[Source]) -> np.ndarray:
 
 def sampled(examples: Examples, section: DataSection) -> np.ndarray:
     """A seeded draw of data.sample rows; the examples of one row stay together."""
-    lines = examples.column(lambda store: store.column("line") + (store.column("file").astype(np.int64) << 40))
+    lines = examples.column(Source.lines)
     rows = np.unique(np.stack([examples.chosen[:, 0], lines], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
     there, wanted = int(rows.max()) + 1, section.sample or 0
     if wanted > there:
@@ -36,7 +36,7 @@ def eval_part(examples: Examples, section: DataSection) -> np.ndarray:
     """bool [n]: which rows are held out. Rows of one prompt have one hash and fall on one side together."""
     if section.eval is None or len(examples) == 0:
         return np.zeros(len(examples), dtype=bool)
-    prompts = examples.column(lambda store: store.column("prompt").astype(np.uint64))
+    prompts = examples.column(lambda source: source.store.column("prompt").astype(np.uint64))
     hashes = _mixed(prompts, section.seed)
     if isinstance(section.eval, float):
         return np.asarray(hashes < np.uint64(section.eval * 2**64))

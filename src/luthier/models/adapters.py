@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -215,8 +215,8 @@ def _check_names(
         close = sorted(difflib.get_close_matches(name, _last_names(layers), n=3, cutoff=0.4))
         hint = f"close: {', '.join(close)}; " if close else ""
         kinds = "linear layers" if field == "target" else "layers"
-        message = f"{field}: {name} matches no layer of this {kind} model; {hint}its {kinds} are {', '.join(known)}"
-        raise ModelError(message)
+        there = f"its {kinds} are {', '.join(known)}"
+        raise ModelError(f"{field}: {name} matches no layer of this {kind} model; {hint}{there}")
 
 
 def _last_names(layers: Iterable[str]) -> list[str]:
@@ -227,7 +227,7 @@ def _is_layer(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
-def _say_untied(model: PreTrainedModel, names: Sequence[str], say: Callable[[str], None]) -> None:
+def _say_untied(model: PreTrainedModel, names: Sequence[str], say: Say) -> None:
     """A tied head or embedding that trains leaves its twin: PEFT trains a copy, and the merge writes two tensors."""
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     trained = sorted(layer for layer in tied if any(f".{layer}".endswith(f".{name}") for name in names))
@@ -243,10 +243,8 @@ def _share(model: nn.Module) -> str:
 
 def _remember_biases(model: PeftModel, config: LoraConfig) -> None:
     """Keep the base's own biases: PEFT trains them in place, so switching the adapter off does not bring them back."""
-    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".bias")}
-    model.luthier_biases = {
-        name: parameter.detach().clone() for name, parameter in biases.items() if config.bias != "none"
-    }
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias") and config.bias != "none"]
+    model.luthier_biases = {name: model.get_parameter(name).detach().clone() for name in biases}
 
 
 @contextmanager

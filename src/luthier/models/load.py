@@ -43,7 +43,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The folder's fast tokenizer. Its pad token stays as it is, absent or not: `pad_id` says what fills a batch.
+    """The folder's fast tokenizer. Its pad token stays as it is and is never used: `pad_id` says what fills a batch.
 
     Errors: ModelError when there is none, or none that gives offsets (vendor code is never run for a tokenizer).
     """
@@ -164,8 +164,11 @@ def end_ids(tokenizer: PreTrainedTokenizerFast, generation_config: GenerationCon
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """What fills a batch: the pad token, else the end token, else 0. It is masked, so it never decides anything."""
-    return next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
+    """What fills a batch: the end token, else 0. It is masked, so which one it is decides nothing.
+
+    Not the pad token: where someone added one without growing the model, its id lies beyond the embedding.
+    """
+    return tokenizer.eos_token_id or 0
 
 
 def pick_device(devices: Literal["auto", "cpu"] | Sequence[int]) -> torch.device:
