@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import hub
-from luthier.errors import RecipeError, RunError
+from luthier.errors import ModelError, RecipeError, RunError
 from luthier.folder import RunFolder, write_atomic, write_json
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, load_recipe, recipe_difference, run_name, save_recipe
@@ -106,6 +106,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = F
     data = load_data(wanted, encoder, say)
     model = load_model(path, wanted.model, device, say=say)
     say(f"model: {footprint(model)} on {device}")
+    _check_vocabulary(model, data, path)
     stored = model.dtype
     model = attach(model, wanted.method, wanted.train.seed, say=say, revision=wanted.model.revision)
     section = _with_precision(wanted.train, stored, model, say)
@@ -228,6 +229,16 @@ def _wanted(path: Path, overrides: Sequence[str], resume: bool) -> tuple[Recipe,
         shown = "\n".join(f"  {line}" for line in changed)
         raise RecipeError(f"{folder.path} was begun with another recipe; undo the change, or start anew:\n{shown}")
     return recipe, folder
+
+
+def _check_vocabulary(model: Any, data: Data, path: Path) -> None:
+    """Errors: ModelError where the tokenizer gives an id that the model has no embedding for."""
+    there, largest = model.get_input_embeddings().num_embeddings, data.train.largest_id()
+    if largest >= there:
+        raise ModelError(
+            f"{path}: its tokenizer gives id {largest:,}, and the model has embeddings for {there:,} tokens only; "
+            "the two do not belong together, or a token was added to the tokenizer alone"
+        )
 
 
 def _with_precision(section: TrainSection, stored: Any, model: Any, say: Say) -> TrainSection:

@@ -241,8 +241,10 @@ def _copied(folder: Path, say: Say) -> Path:
     """The embedded recipe, data and model, copied where they are not there yet; the recipe's path."""
     source = resources.files("luthier") / "assets"
     with resources.as_file(source) as assets:
-        wanted = {"tiny": assets / "tiny", **{path.name: path for path in (assets / "quickstart").iterdir()}}
-        for name, path in sorted(wanted.items()):
+        given = assets / "quickstart"
+        wanted = {"quickstart.yaml": given / "recipe.yaml", "tiny": assets / "tiny"}
+        wanted |= {name: given / name for name in ("train.jsonl", "heldout.jsonl")}
+        for name, path in wanted.items():
             if (folder / name).exists():
                 say(f"{name}: there already, taken as it is")
             elif path.is_dir():
@@ -264,12 +266,12 @@ def _loaded(
         if adapter is not None:
             raise RecipeError(f"{target} is a run and has its adapter; --adapter goes with a model")
         run = open_run(target)
-        loaded, settings = load_run(run, base=base, say=say), run.recipe.generate.model_dump()
-    else:
-        if base:
-            raise RecipeError(f"--base goes with a run; {target} is a model")
-        loaded, settings = load_folder(target, adapter, say), {}
-    return loaded, _settings(settings, options)
+        section = _settings(run.recipe.generate.model_dump(), options)
+        return load_run(run, base=base, say=say), section
+    if base:
+        raise RecipeError(f"--base goes with a run; {target} is a model")
+    section = _settings({}, options)
+    return load_folder(target, adapter, say), section
 
 
 def _settings(settings: dict[str, Any], options: dict[str, Any]) -> GenerateSection:

@@ -172,7 +172,9 @@ def test_full_fine_tuning_makes_the_same_journey(tmp_path: Path) -> None:
 
 def test_a_users_mistake_is_one_line_and_exit_2(tmp_path: Path) -> None:
     path = begin(tmp_path)
+    tiny_llama(tmp_path / "small", vocab_size=100)
     for arguments, words in [
+        (["train", path, "model.name=./small"], "and the model has embeddings for 100 tokens only"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["train", path, "train.batchsize=3"], "train.batchsize: unknown key; did you mean train.batch?"),
         (["train", path, "method.target=[fc_in]"], "target: fc_in matches no layer"),

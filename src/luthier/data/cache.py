@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 
 from luthier.folder import write_json
@@ -97,6 +98,10 @@ class Store:
     def ids(self, row: int) -> np.ndarray:
         """int32 [t], a view into the file."""
         return self._list("ids", row)
+
+    def largest_id(self) -> int:
+        """The largest token id of all rows, -1 where there is none."""
+        return max((pc.max(batch.column("ids").values).as_py() or -1 for batch in self._batches), default=-1)
 
     def spans(self, row: int) -> list[tuple[int, int]]:
         """The supervised token ranges [start, stop)."""

@@ -59,6 +59,10 @@ class Examples:
             supervised[start:stop] = True
         return Example(ids, supervised)
 
+    def largest_id(self) -> int:
+        """The largest token id in the sources of these rows: the model must have an embedding for it."""
+        return max(source.store.largest_id() for source in self._sources)
+
     def spans(self, i: int) -> list[tuple[int, int]]:
         """The supervised token ranges [start, stop) of row i."""
         store, row = self._at(i)
