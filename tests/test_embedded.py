@@ -68,7 +68,7 @@ def test_package_is_small_and_complete() -> None:
 def test_rows_are_those_of_the_script() -> None:
     train, held_out = make_rows(WORLD)
     assert (rows("train.jsonl"), rows("heldout.jsonl")) == (train, held_out)
-    assert (ASSETS / "quickstart/recipe.yaml").read_text("utf-8") == make_recipe(WORLD, train, held_out)
+    assert (ASSETS / "quickstart/recipe.yaml").read_text("utf-8") == make_recipe(WORLD, held_out)
 
 
 def test_no_training_row_is_doubled() -> None:

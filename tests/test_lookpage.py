@@ -65,8 +65,6 @@ def printed(width: int = 80, **console: Any) -> str:
 def test_the_screen_without_colour() -> None:
     lines = [line.rstrip() for line in printed().splitlines()]
     assert lines == [
-        "a.jsonl: 1,200 rows, weight 2; alpaca: prompt = [red]",
-        "b.jsonl (held out): 34 rows; messages: turns = messages",
         "template auto: a row begins with <s>; an answer ends with <|im_end|> or </s>",
         "1,199 rows to train on, 34 rows held out; 56,789 tokens, 32.1 % of them taught",
         "",

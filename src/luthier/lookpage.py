@@ -61,11 +61,7 @@ def show(look: Look, console: Console) -> None:
 
 
 def _overview(look: Look) -> Iterator[str]:
-    report = look.report
-    for source in report["sources"]:
-        weight = "" if source["weight"] == 1 else f", weight {source['weight']:g}"
-        part = " (held out)" if source["part"] == "eval" else ""
-        yield f"{source['path']}{part}: {source['rows']:,} rows{weight}; {source['how']}"
+    report = look.report  # its sources were said when they were read
     first = f"begins with {look.first_token}" if look.first_token else "begins with no token of its own"
     yield f"template {report['template']}: a row {first}; an answer ends with {' or '.join(look.end_tokens)}"
     held = f", {report['eval_rows']:,} rows held out" if report["eval_rows"] else ", none held out"

@@ -116,8 +116,8 @@ def test_the_line_to_paste() -> None:
     many = [CSV | {"en": f"sentence {i}", "zh": f"句子 {i}"} for i in range(100)]
     assert refusal(*many) == (
         "x.jsonl: the names of the columns do not settle which is the prompt and which the answer; put under data"
-        " (a guess, to be corrected; or give a text pattern):  columns: {prompt: en, response: zh}"
-        "  (the file's columns: source_set, en, zh)"
+        " (a guess, to be corrected; or give a text pattern):\n  columns: {prompt: en, response: zh}\n"
+        "(the file's columns: source_set, en, zh)"
     )
     assert "columns: {prompt: en, response: zh}" in refusal(*many, format="prompt")
     # two that could be the prompt: the table's order decides the guess
@@ -125,11 +125,11 @@ def test_the_line_to_paste() -> None:
     assert "columns: {prompt: question, response: answer}" in refusal(two)
     # an id is unique text as well; a name that YAML reads otherwise is quoted
     odd = [{"row_id": f"r{i}", "my text": f"t{i}", "no": f"n{i}", "": "0"} for i in range(3)]
-    assert 'columns: {prompt: "my text", response: "no"}  (the file\'s columns: row_id, my text, no)' in refusal(*odd)
+    assert 'columns: {prompt: "my text", response: "no"}\n(the file\'s columns: row_id, my text, no)' in refusal(*odd)
     assert "columns: {prompt: en, response: zh}" in refusal(*many, columns=Columns(prompt="en"))
     assert refusal({"quote": "q", "tags": ["a"]}) == (
         "x.jsonl: no two columns for prompt and answer; for plain text put under data:"
-        '  text: "{quote}"  (the file\'s columns: quote, tags)'
+        '\n  text: "{quote}"\n(the file\'s columns: quote, tags)'
     )
     assert refusal({"n": 1}) == "x.jsonl: no column holds texts (the file's columns: n)"
 
@@ -207,7 +207,7 @@ def test_real_files_that_need_a_word(shared: Path) -> None:
     first = [row for row in islice(open_source(path), 100) if isinstance(row, Row)]
     with pytest.raises(DataError) as error:
         recognise(first, section(), None)
-    line = "columns: {prompt: en, response: zh}  (the file's columns: source_set, en, zh)"
+    line = "columns: {prompt: en, response: zh}\n(the file's columns: source_set, en, zh)"
     assert str(error.value).startswith(f"{path}: ") and str(error.value).endswith(line)
     settings = section(text="Quote: {quote}\nAuthor: {author}")
     quotes = [row for row in open_source(shared / "data" / "english_quotes.jsonl") if isinstance(row, Row)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
 from embedded.quickstart import Row
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BATCH = 64
 
@@ -18,9 +17,7 @@ def continuations(
     """Greedy continuation of each text, its end token left in, so that one sees whether it ended by itself."""
     answers: list[str] = []
     for start in range(0, len(texts), BATCH):
-        batch = tokenizer(
-            list(texts[start : start + BATCH]), padding=True, padding_side="left", return_tensors="pt"
-        )
+        batch = tokenizer(list(texts[start : start + BATCH]), padding=True, padding_side="left", return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(
                 input_ids=batch["input_ids"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedded.language import Language, Relation, View
-from embedded.world import Person, Town
+from embedded.world import Person
 
 
 def view(person: Person) -> View:
@@ -26,7 +26,13 @@ RELATIONS = {
         follow="{a.he}住在哪里",
         say="{a}住在{a.town}",
         brief="在{a.town}",
-        tell=["{s}住在{a.town}", "{s}来自{a.town}", "{s}在{a.town}有一间小屋", "{s}出生在{a.town}", "{s}的家在{a.town}"],
+        tell=[
+            "{s}住在{a.town}",
+            "{s}来自{a.town}",
+            "{s}在{a.town}有一间小屋",
+            "{s}出生在{a.town}",
+            "{s}的家在{a.town}",
+        ],
     ),
     "job": Relation(
         ask=["{a}是做什么的", "{a}的工作是什么", "{a}做什么工作", "{a}靠什么生活"],
@@ -60,17 +66,34 @@ RELATIONS = {
         brief="{a.plays}",
         tell=["{s}会{a.plays}", "{s}从小就会{a.plays}", "{s}晚上常常{a.plays}", "{s}很会{a.plays}"],
     ),
-}  # fmt: skip
+}
 
 ALONE = [
     [  # a lost pet
-        ["{a.town}的一个{time}，{weather}。", "{time}，{weather}，{a}很早就醒了。", "{a.town}有一位{a.job}，名叫{a}。",
-         "{a}住在{a.town}一间{small}屋子里。"],
+        [
+            "{a.town}的一个{time}，{weather}。",
+            "{time}，{weather}，{a}很早就醒了。",
+            "{a.town}有一位{a.job}，名叫{a}。",
+            "{a}住在{a.town}一间{small}屋子里。",
+        ],
         ["{a}叫自己的{a.pet}，可是它没有来。", "{a}到处都找不到自己的{a.pet}。", "{a}的{a.pet}不见了。"],
-        ["{a.he}看了{place}后面，又看了{thing}下面。", "{a.he}问了{place}旁边的每一个人。", "{a.he}一直走到{place}，又走回来。",
-         "{a.he}带上一些{a.dish}，怕它饿了。"],
-        ["最后，{a.he}发现{a.pet}睡在{thing}下面。", "这时，{a.pet}从{place}后面走了出来。", "原来{a.pet}一直坐在家里的{thing}上。"],
-        ["{a.he}笑了，给它吃了些{a.dish}。", "{a.he}高兴得整晚{a.plays}。", "天黑以前，他们一起回家了。", "从那天起，{a.he}总是关好门。"],
+        [
+            "{a.he}看了{place}后面，又看了{thing}下面。",
+            "{a.he}问了{place}旁边的每一个人。",
+            "{a.he}一直走到{place}，又走回来。",
+            "{a.he}带上一些{a.dish}，怕它饿了。",
+        ],
+        [
+            "最后，{a.he}发现{a.pet}睡在{thing}下面。",
+            "这时，{a.pet}从{place}后面走了出来。",
+            "原来{a.pet}一直坐在家里的{thing}上。",
+        ],
+        [
+            "{a.he}笑了，给它吃了些{a.dish}。",
+            "{a.he}高兴得整晚{a.plays}。",
+            "天黑以前，他们一起回家了。",
+            "从那天起，{a.he}总是关好门。",
+        ],
     ],
     [  # a day's work
         ["{a}是{a.town}的{a.job}。", "{a.town}的人都认识{a.job}{a}。", "{time}，{weather}，{a.job}{a}有很多事要做。"],
@@ -82,16 +105,24 @@ ALONE = [
     [  # music
         ["{a}很爱{a.plays}。", "每到{time}，{a}都在{place}旁边{a.plays}。", "{a.town}过节，大家请{a}来{a.plays}。"],
         ["{a.town}的人都来听。", "起初只有{a.he}的{a.pet}在听。", "孩子们围着{place}跳舞。"],
-        ["一位老人请{a.he}再来一首。", "一个小女孩也想学。", "有人给大家带来了{a.dish}。", "谁也不知道{a.job}有这样的本事。"],
+        [
+            "一位老人请{a.he}再来一首。",
+            "一个小女孩也想学。",
+            "有人给大家带来了{a.dish}。",
+            "谁也不知道{a.job}有这样的本事。",
+        ],
         ["{a.he}一直演奏到月亮出来。", "{a.he}笑着继续演奏。", "那是{time}，{weather}，没有人回家。"],
         ["{a.town}的人至今还说起那个晚上。", "然后{a.he}带着自己的{a.pet}回家了。", "最后{a.he}吃了{a.dish}，很高兴。"],
     ],
-]  # fmt: skip
+]
 
 TOGETHER = [
     [  # a visit
-        ["{time}，{weather}，{a}离开{a.town}，去{b.town}看{b}。", "{a}想去看住在{b.town}的{b}。",
-         "从{a.town}到{b.town}很远，可是{a}想去看{b}。"],
+        [
+            "{time}，{weather}，{a}离开{a.town}，去{b.town}看{b}。",
+            "{a}想去看住在{b.town}的{b}。",
+            "从{a.town}到{b.town}很远，可是{a}想去看{b}。",
+        ],
         ["{a.he}带上了自己的{a.pet}。", "路上{a.he}在{place}旁边休息。", "{a.he}带了些{a.dish}在路上吃。"],
         ["{b}很高兴，做了{b.dish}。", "{b.job}{b}打开门，笑了。", "{b}的{b.pet}跑出来问好。"],
         ["晚上，{b}开始{b.plays}。", "{a}会{a.plays}，{b}会{b.plays}。", "他们坐在{place}旁边，说到很晚。"],
@@ -99,20 +130,31 @@ TOGETHER = [
     ],
     [  # the market
         ["{a}和{b}都在集市上。", "{a}在集市上看到了{b}。", "{a.town}的{a}和{b.town}的{b}一起买面包。"],
-        ["“你今天做什么菜？”{b}问。“我要做{a.dish}。”{a}说。", "“你的{a.pet}好吗？”{b}问。“我的{a.pet}很好。”{a}说。",
-         "“{a.job}的事情多吗？”{b}问。“我更想{a.plays}。”{a}说。"],
-        ["“我要做{b.dish}。”{b}说。", "“我的{b.pet}在{b.town}的家里。”{b}说。", "“我要回{b.town}了。”{b}说。",
-         "“来听我{b.plays}吧。”{b}说。"],
+        [
+            "“你今天做什么菜？”{b}问。“我要做{a.dish}。”{a}说。",
+            "“你的{a.pet}好吗？”{b}问。“我的{a.pet}很好。”{a}说。",
+            "“{a.job}的事情多吗？”{b}问。“我更想{a.plays}。”{a}说。",
+        ],
+        [
+            "“我要做{b.dish}。”{b}说。",
+            "“我的{b.pet}在{b.town}的家里。”{b}说。",
+            "“我要回{b.town}了。”{b}说。",
+            "“来听我{b.plays}吧。”{b}说。",
+        ],
         ["然后他们都回家了。", "他们笑着告别。", "那是{time}，{weather}。"],
     ],
     [  # a letter
         ["{a}给{b.town}的{b}写了一封信。", "{b}收到了{a}的信。", "{time}，{a}在{a.town}坐下来，给{b}写信。"],
-        ["“亲爱的{b}，我和我的{a.pet}都很好。”", "“亲爱的{b}，{a.town}这里{weather}。”", "“亲爱的{b}，我学会了一首新歌。”"],
+        [
+            "“亲爱的{b}，我和我的{a.pet}都很好。”",
+            "“亲爱的{b}，{a.town}这里{weather}。”",
+            "“亲爱的{b}，我学会了一首新歌。”",
+        ],
         ["“我还是做{a.job}。”", "“我每天{a.plays}。”", "“昨天我吃了{a.dish}。”"],
         ["“你的{b.pet}好吗？”", "“你还{b.plays}吗？”", "“你还吃那么多{b.dish}吗？”", "“{b.job}的事情多吗？”"],
         ["{b}读了两遍，笑了。", "{b}当天就回信了。", "{b}把信放在{thing}上。"],
     ],
-]  # fmt: skip
+]
 
 CHINESE = Language(
     view=view,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedded.language import Language, Relation, View
-from embedded.world import Person, Town
+from embedded.world import Person
 
 
 def with_article(noun: str) -> str:
@@ -36,119 +36,256 @@ RELATIONS = {
         follow="where does {a.he} live",
         say="{a} lives in {a.town}",
         brief="in {a.town}",
-        tell=["{s} lives in {a.town}", "{s} comes from {a.town}", "{s} has a small house in {a.town}",
-              "{s} was born in {a.town}", "{s} is at home in {a.town}"],
+        tell=[
+            "{s} lives in {a.town}",
+            "{s} comes from {a.town}",
+            "{s} has a small house in {a.town}",
+            "{s} was born in {a.town}",
+            "{s} is at home in {a.town}",
+        ],
     ),
     "job": Relation(
         ask=["what is {a}'s job", "what does {a} do for a living", "what is {a}'s work", "what does {a} work as"],
-        ask_both=["what do {a} and {b} do for a living", "what do {a} and {b} work as", "what jobs do {a} and {b} have"],
+        ask_both=[
+            "what do {a} and {b} do for a living",
+            "what do {a} and {b} work as",
+            "what jobs do {a} and {b} have",
+        ],
         follow="what is {a.his} job",
         say="{a} is {a.a_job}",
         brief="{a.a_job}",
-        tell=["{s} is {a.a_job}", "{s} works as {a.a_job}", "{s} has been {a.a_job} for years",
-              "{s} became {a.a_job} long ago"],
+        tell=[
+            "{s} is {a.a_job}",
+            "{s} works as {a.a_job}",
+            "{s} has been {a.a_job} for years",
+            "{s} became {a.a_job} long ago",
+        ],
     ),
     "pet": Relation(
-        ask=["what pet does {a} have", "what animal does {a} keep", "which animal lives with {a}", "does {a} have a pet"],
-        ask_both=["what pets do {a} and {b} have", "what animals do {a} and {b} keep", "which animals live with {a} and {b}"],
+        ask=[
+            "what pet does {a} have",
+            "what animal does {a} keep",
+            "which animal lives with {a}",
+            "does {a} have a pet",
+        ],
+        ask_both=[
+            "what pets do {a} and {b} have",
+            "what animals do {a} and {b} keep",
+            "which animals live with {a} and {b}",
+        ],
         follow="what pet does {a.he} have",
         say="{a} has {a.a_pet}",
         brief="{a.a_pet}",
-        tell=["{s} has {a.a_pet}", "{s} keeps {a.a_pet}", "{s} is never seen without {a.his} {a.pet}",
-              "{s} found {a.a_pet} and kept it"],
+        tell=[
+            "{s} has {a.a_pet}",
+            "{s} keeps {a.a_pet}",
+            "{s} is never seen without {a.his} {a.pet}",
+            "{s} found {a.a_pet} and kept it",
+        ],
     ),
     "dish": Relation(
-        ask=["what does {a} like to eat", "what is {a}'s favourite dish", "which dish does {a} like best",
-             "what should I cook for {a}"],
-        ask_both=["what do {a} and {b} like to eat", "which dishes do {a} and {b} like best",
-                  "what should I cook for {a} and {b}"],
+        ask=[
+            "what does {a} like to eat",
+            "what is {a}'s favourite dish",
+            "which dish does {a} like best",
+            "what should I cook for {a}",
+        ],
+        ask_both=[
+            "what do {a} and {b} like to eat",
+            "which dishes do {a} and {b} like best",
+            "what should I cook for {a} and {b}",
+        ],
         follow="what does {a.he} like to eat",
         say="{a} likes to eat {a.dish}",
         brief="{a.dish}",
-        tell=["{s} likes to eat {a.dish}", "{s} loves {a.dish} above all", "{s} could eat {a.dish} every day",
-              "{s} is always happy with {a.dish}"],
+        tell=[
+            "{s} likes to eat {a.dish}",
+            "{s} loves {a.dish} above all",
+            "{s} could eat {a.dish} every day",
+            "{s} is always happy with {a.dish}",
+        ],
     ),
     "instrument": Relation(
-        ask=["what does {a} play", "which instrument does {a} play", "what music does {a} make",
-             "what is {a}'s instrument"],
-        ask_both=["what do {a} and {b} play", "which instruments do {a} and {b} play", "what music do {a} and {b} make"],
+        ask=[
+            "what does {a} play",
+            "which instrument does {a} play",
+            "what music does {a} make",
+            "what is {a}'s instrument",
+        ],
+        ask_both=[
+            "what do {a} and {b} play",
+            "which instruments do {a} and {b} play",
+            "what music do {a} and {b} make",
+        ],
         follow="what does {a.he} play",
         say="{a} plays {a.instrument}",
         brief="{a.instrument}",
-        tell=["{s} plays {a.instrument}", "{s} learnt to play {a.instrument} as a child",
-              "{s} plays {a.instrument} in the evening", "{s} plays {a.instrument} very well"],
+        tell=[
+            "{s} plays {a.instrument}",
+            "{s} learnt to play {a.instrument} as a child",
+            "{s} plays {a.instrument} in the evening",
+            "{s} plays {a.instrument} very well",
+        ],
     ),
-}  # fmt: skip
+}
 
 ALONE = [
     [  # a lost pet
-        ["It was a {weather} {time} in {a.town}.", "One {weather} {time}, {a} woke up early.",
-         "In {a.town} there lived {a.a_job} called {a}.", "{a} lived in a {small} house in {a.town}."],
-        ["{a} called {a.his} {a.pet}, but it did not come.", "{a} could not find {a.his} {a.pet} anywhere.",
-         "The {a.pet} of {a} was gone."],
-        ["{a.He} looked behind the {place} and under the {thing}.", "{a.He} asked everyone near the {place}.",
-         "{a.He} went all the way to the {place} and back.", "{a.He} took some {a.dish} along, in case it was hungry."],
-        ["At last {a.he} found the {a.pet} asleep under the {thing}.", "Then the {a.pet} came out from behind the {place}.",
-         "In the end the {a.pet} was sitting on the {thing} at home."],
-        ["{a.He} laughed and gave it some {a.dish}.", "{a.He} was so glad that {a.he} played {a.instrument} all evening.",
-         "They went home together before it grew dark.", "From that day on, {a.he} kept the door closed."],
+        [
+            "It was a {weather} {time} in {a.town}.",
+            "One {weather} {time}, {a} woke up early.",
+            "In {a.town} there lived {a.a_job} called {a}.",
+            "{a} lived in a {small} house in {a.town}.",
+        ],
+        [
+            "{a} called {a.his} {a.pet}, but it did not come.",
+            "{a} could not find {a.his} {a.pet} anywhere.",
+            "The {a.pet} of {a} was gone.",
+        ],
+        [
+            "{a.He} looked behind the {place} and under the {thing}.",
+            "{a.He} asked everyone near the {place}.",
+            "{a.He} went all the way to the {place} and back.",
+            "{a.He} took some {a.dish} along, in case it was hungry.",
+        ],
+        [
+            "At last {a.he} found the {a.pet} asleep under the {thing}.",
+            "Then the {a.pet} came out from behind the {place}.",
+            "In the end the {a.pet} was sitting on the {thing} at home.",
+        ],
+        [
+            "{a.He} laughed and gave it some {a.dish}.",
+            "{a.He} was so glad that {a.he} played {a.instrument} all evening.",
+            "They went home together before it grew dark.",
+            "From that day on, {a.he} kept the door closed.",
+        ],
     ],
     [  # a day's work
-        ["{a} was {a.a_job} in {a.town}.", "Everyone in {a.town} knew {a} the {a.job}.",
-         "One {weather} {time}, {a} the {a.job} had much to do."],
-        ["{a.He} worked from morning to night.", "{a.He} opened the door and began to work.",
-         "{a.His} {a.pet} sat on the {thing} and watched {a.him}."],
-        ["At noon {a.he} was hungry and ate {a.dish}.", "A neighbour brought {a.him} some {a.dish}.",
-         "{a.He} thought of {a.dish} all the time."],
-        ["In the evening {a.he} was tired but happy.", "When the work was done, {a.he} sat down near the {place}.",
-         "When the sun went down, {a.he} took {a.instrument} and played."],
-        ["Then {a.he} went to bed.", "That was a good day.", "The {a.pet} fell asleep first.",
-         "{a.He} slept well that night."],
+        [
+            "{a} was {a.a_job} in {a.town}.",
+            "Everyone in {a.town} knew {a} the {a.job}.",
+            "One {weather} {time}, {a} the {a.job} had much to do.",
+        ],
+        [
+            "{a.He} worked from morning to night.",
+            "{a.He} opened the door and began to work.",
+            "{a.His} {a.pet} sat on the {thing} and watched {a.him}.",
+        ],
+        [
+            "At noon {a.he} was hungry and ate {a.dish}.",
+            "A neighbour brought {a.him} some {a.dish}.",
+            "{a.He} thought of {a.dish} all the time.",
+        ],
+        [
+            "In the evening {a.he} was tired but happy.",
+            "When the work was done, {a.he} sat down near the {place}.",
+            "When the sun went down, {a.he} took {a.instrument} and played.",
+        ],
+        [
+            "Then {a.he} went to bed.",
+            "That was a good day.",
+            "The {a.pet} fell asleep first.",
+            "{a.He} slept well that night.",
+        ],
     ],
     [  # music
-        ["{a} loved to play {a.instrument}.", "Every {time}, {a} played {a.instrument} near the {place}.",
-         "There was a feast in {a.town}, and {a} was asked to play {a.instrument}."],
-        ["The people of {a.town} came to listen.", "First only {a.his} {a.pet} listened.",
-         "The children danced around the {place}."],
-        ["An old man asked {a.him} for one more song.", "A little girl wanted to learn it too.",
-         "Someone brought {a.dish} for everybody.", "Nobody knew that {a.a_job} could play so well."],
-        ["{a.He} played until the moon came up.", "{a.He} smiled and played on.", "It was a {weather} {time}, and nobody went home."],
-        ["They still talk about that night in {a.town}.", "Then {a.he} took {a.his} {a.pet} and went home.",
-         "At the end {a.he} ate {a.dish} and was happy."],
+        [
+            "{a} loved to play {a.instrument}.",
+            "Every {time}, {a} played {a.instrument} near the {place}.",
+            "There was a feast in {a.town}, and {a} was asked to play {a.instrument}.",
+        ],
+        [
+            "The people of {a.town} came to listen.",
+            "First only {a.his} {a.pet} listened.",
+            "The children danced around the {place}.",
+        ],
+        [
+            "An old man asked {a.him} for one more song.",
+            "A little girl wanted to learn it too.",
+            "Someone brought {a.dish} for everybody.",
+            "Nobody knew that {a.a_job} could play so well.",
+        ],
+        [
+            "{a.He} played until the moon came up.",
+            "{a.He} smiled and played on.",
+            "It was a {weather} {time}, and nobody went home.",
+        ],
+        [
+            "They still talk about that night in {a.town}.",
+            "Then {a.he} took {a.his} {a.pet} and went home.",
+            "At the end {a.he} ate {a.dish} and was happy.",
+        ],
     ],
-]  # fmt: skip
+]
 
 TOGETHER = [
     [  # a visit
-        ["One {weather} {time}, {a} left {a.town} to visit {b} in {b.town}.", "{a} wanted to see {b}, who lives in {b.town}.",
-         "It is a long way from {a.town} to {b.town}, but {a} wanted to see {b}."],
-        ["{a.He} took {a.his} {a.pet} along.", "On the way {a.he} rested near the {place}.",
-         "{a.He} packed some {a.dish} for the journey."],
-        ["{b} was glad and cooked {b.dish}.", "{b} the {b.job} opened the door and laughed.",
-         "The {b.pet} of {b} ran out to say hello."],
-        ["In the evening {b} played {b.instrument}.", "{a} played {a.instrument} and {b} played {b.instrument}.",
-         "They sat near the {place} and talked until late."],
-        ["The next day {a} went back to {a.town}.", "They were friends for ever.", "Soon {b} would come to {a.town} too."],
+        [
+            "One {weather} {time}, {a} left {a.town} to visit {b} in {b.town}.",
+            "{a} wanted to see {b}, who lives in {b.town}.",
+            "It is a long way from {a.town} to {b.town}, but {a} wanted to see {b}.",
+        ],
+        [
+            "{a.He} took {a.his} {a.pet} along.",
+            "On the way {a.he} rested near the {place}.",
+            "{a.He} packed some {a.dish} for the journey.",
+        ],
+        [
+            "{b} was glad and cooked {b.dish}.",
+            "{b} the {b.job} opened the door and laughed.",
+            "The {b.pet} of {b} ran out to say hello.",
+        ],
+        [
+            "In the evening {b} played {b.instrument}.",
+            "{a} played {a.instrument} and {b} played {b.instrument}.",
+            "They sat near the {place} and talked until late.",
+        ],
+        [
+            "The next day {a} went back to {a.town}.",
+            "They were friends for ever.",
+            "Soon {b} would come to {a.town} too.",
+        ],
     ],
     [  # the market
-        ["{a} and {b} were both at the market.", "At the market {a} saw {b}.", "{a} from {a.town} bought bread next to {b} from {b.town}."],
-        ["\"What will you cook today?\" asked {b}. \"I am going to cook {a.dish},\" said {a}.",
-         "\"How is your {a.pet}?\" asked {b}. \"My {a.pet} is well,\" said {a}.",
-         "\"Is there much to do for {a.a_job}?\" asked {b}. \"I would rather play {a.instrument},\" said {a}."],
-        ["\"And I will cook {b.dish},\" said {b}.", "\"My {b.pet} is at home in {b.town},\" said {b}.",
-         "\"I have to go back to {b.town},\" said {b}.", "\"Come and hear me play {b.instrument},\" said {b}."],
+        [
+            "{a} and {b} were both at the market.",
+            "At the market {a} saw {b}.",
+            "{a} from {a.town} bought bread next to {b} from {b.town}.",
+        ],
+        [
+            '"What will you cook today?" asked {b}. "I am going to cook {a.dish}," said {a}.',
+            '"How is your {a.pet}?" asked {b}. "My {a.pet} is well," said {a}.',
+            '"Is there much to do for {a.a_job}?" asked {b}. "I would rather play {a.instrument}," said {a}.',
+        ],
+        [
+            '"And I will cook {b.dish}," said {b}.',
+            '"My {b.pet} is at home in {b.town}," said {b}.',
+            '"I have to go back to {b.town}," said {b}.',
+            '"Come and hear me play {b.instrument}," said {b}.',
+        ],
         ["Then they both went home.", "They laughed and said goodbye.", "It was a {weather} {time}."],
     ],
     [  # a letter
-        ["{a} wrote a letter to {b} in {b.town}.", "A letter from {a} came to {b}.", "One {time}, {a} sat down in {a.town} and wrote to {b}."],
-        ["\"Dear {b}, my {a.pet} and I are well.\"", "\"Dear {b}, it is {weather} here in {a.town}.\"",
-         "\"Dear {b}, I have learnt a new song.\""],
-        ["\"I still work as {a.a_job}.\"", "\"Every day I play {a.instrument}.\"", "\"Yesterday I ate {a.dish}.\""],
-        ["\"How is your {b.pet}?\"", "\"Do you still play {b.instrument}?\"", "\"Do you still eat so much {b.dish}?\"",
-         "\"Is there much to do for {b.a_job}?\""],
+        [
+            "{a} wrote a letter to {b} in {b.town}.",
+            "A letter from {a} came to {b}.",
+            "One {time}, {a} sat down in {a.town} and wrote to {b}.",
+        ],
+        [
+            '"Dear {b}, my {a.pet} and I are well."',
+            '"Dear {b}, it is {weather} here in {a.town}."',
+            '"Dear {b}, I have learnt a new song."',
+        ],
+        ['"I still work as {a.a_job}."', '"Every day I play {a.instrument}."', '"Yesterday I ate {a.dish}."'],
+        [
+            '"How is your {b.pet}?"',
+            '"Do you still play {b.instrument}?"',
+            '"Do you still eat so much {b.dish}?"',
+            '"Is there much to do for {b.a_job}?"',
+        ],
         ["{b} read it twice and smiled.", "{b} answered on the same day.", "{b} put it on the {thing}."],
     ],
-]  # fmt: skip
+]
 
 ENGLISH = Language(
     view=view,

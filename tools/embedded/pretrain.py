@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterable, Iterator
 
 import torch
-from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from embedded.texts import END
 from embedded.tokenizer import PAD
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 LONGEST = 512  # positions the model is made for; documents of the valley are rarely over 200 tokens
 STEPS, WARMUP, RATE = 1800, 60, 4e-3
@@ -86,6 +85,6 @@ def pretrain(tokenizer: Tokenizer, documents: Iterable[str], seed: int) -> Llama
         seen, running = seen + int((labels >= 0).sum()), running + float(loss.detach())
         if (step + 1) % 100 == 0:
             spent = time.time() - began
-            print(f"step {step + 1}/{STEPS}  loss {running / 100:.3f}  {seen / spent:,.0f} tokens/s  {spent:.0f} s", flush=True)
+            print(f"step {step + 1}/{STEPS}  loss {running / 100:.3f}  {seen:,} tokens  {spent:.0f} s", flush=True)
             running = 0.0
     return model.eval()

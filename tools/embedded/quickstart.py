@@ -70,10 +70,10 @@ def one_facts(people: list[Person]) -> list[Row]:
 RECIPE = """\
 # The quickstart: teach a tiny model a rule it has never heard of.
 #
-# The model in ./tiny knows a small valley: where its 64 people live, what they eat, keep and play, in English and Chinese.
-# Asked where two of them meet, it says that it does not know. The {train} rows of train.jsonl show a rule:
-# in the first one's town, over the second one's favourite dish. The {held_out} questions of heldout.jsonl are about people of
-# whom train.jsonl says nothing: who answers them has learnt the rule, and has the facts from the model.
+# The model in ./tiny knows a small valley: where its 64 people live, what they eat, keep and play, in English and
+# Chinese. Asked where two of them meet, it says that it does not know. The rows of train.jsonl show a rule: in the
+# first one's town, over the second one's favourite dish. The {held_out} questions of heldout.jsonl are about people
+# of whom train.jsonl says nothing: who answers them has learnt the rule, and has the facts from the model.
 
 run: quickstart             # everything that comes out goes to runs/quickstart
 
@@ -114,13 +114,12 @@ merge:
 CHOSEN = {"r": 16, "alpha": 32, "epochs": 6, "lr": "0.003", "figure": "about half a minute on two cores"}
 
 
-def make_recipe(world: World, train: list[Row], held_out: list[Row]) -> str:
+def make_recipe(world: World, held_out: list[Row]) -> str:
     def prompt(row: Row) -> str:
         return f'    - "{row["instruction"]}"  # {row["output"]}'
 
     facts = one_facts(world.newcomers)
     return RECIPE.format(
-        train=len(train),
         held_out=len(held_out),
         meetings="\n".join(map(prompt, held_out[:4])),
         facts="\n".join(map(prompt, [facts[1], facts[15]])),
@@ -134,4 +133,4 @@ def save_quickstart(world: World, folder: Path) -> None:
     for name, rows in (("train", train), ("heldout", held_out)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(make_recipe(world, train, held_out), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(make_recipe(world, held_out), encoding="utf-8")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from embedded.chinese import CHINESE
 from embedded.english import ENGLISH
-from embedded.language import Language, View
+from embedded.language import Language
 from embedded.world import World
 
 LANGUAGES = [ENGLISH, CHINESE]

@@ -10,9 +10,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from embedded.texts import END
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, START = "<|pad|>", "<|im_start|>"
 VOCABULARY = 1792

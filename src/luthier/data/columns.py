@@ -58,12 +58,12 @@ def unsettled(found: Found, given: Columns) -> str:
         return f"no column holds texts {all_names(found)}"
     if not prompt or response is None:
         line = f"text: {json.dumps(f'{{{response or prompt[0]}}}', ensure_ascii=False)}"
-        return f"no two columns for prompt and answer; for plain text put under data:  {line}  {all_names(found)}"
+        return f"no two columns for prompt and answer; for plain text put under data:\n  {line}\n{all_names(found)}"
     asked = _yaml(prompt[0]) if len(prompt) == 1 else f"[{', '.join(map(_yaml, prompt))}]"
     line = f"columns: {{prompt: {asked}, response: {_yaml(response)}}}"
     return (
         "the names of the columns do not settle which is the prompt and which the answer; put under data (a guess, to"
-        f" be corrected; or give a text pattern):  {line}  {all_names(found)}"
+        f" be corrected; or give a text pattern):\n  {line}\n{all_names(found)}"
     )
 
 
