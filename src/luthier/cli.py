@@ -20,9 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(
-    help="The recipe's vocabulary: its schema, a resolved recipe, a new one.", no_args_is_help=True
-)
+recipe_app = typer.Typer(help="A recipe's schema, its defaults, a new one.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
@@ -43,9 +41,6 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -67,7 +62,7 @@ def get(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
     data: Annotated[bool, typer.Option("--data", help="It is a data set, not a model.")] = False,
 ) -> None:
-    """Fetch a model (or a data set) and print where it lies."""
+    """Fetch a model (or a data set); print where it lies."""
     from luthier import hub
 
     if data:
@@ -85,7 +80,10 @@ def look(
     seed: Annotated[int, typer.Option(help="Which random rows.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write the page here instead of NAME-look.html.")] = None,
 ) -> None:
-    """Show the data as the model will see it: what is taught, lengths, drops, duplicates."""
+    """Show the data as the model will see it.
+
+    Random rows with what is taught, lengths, drops, duplicates, end tokens; also as a page.
+    """
     from luthier import verbs
 
     page = verbs.look(recipe, overrides or [], rows=rows, seed=seed, html=html, say=say)
@@ -99,7 +97,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
 ) -> None:
-    """Train: recipe → run folder with checkpoints, metrics and the adapter."""
+    """Train a recipe into a run folder.
+
+    Checkpoints, metrics and the adapter lie in runs/NAME. Ctrl-C finishes the step and saves.
+    """
     from luthier.run import train as train_run
 
     run = train_run(recipe, overrides or [], resume=resume, say=say)
@@ -134,7 +135,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a prompt.")] = False,
 ) -> None:
-    """Answer prompts (--prompt, --prompt-file, or standard input) with a run, a model, or a model and an adapter."""
+    """Answer prompts with a run or a model.
+
+    Prompts are --prompt, --prompt-file or standard input; else those of the run's recipe.
+    """
     from luthier import verbs
 
     options = {
@@ -171,7 +175,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt, instead of the run's.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Of a RUN: the model that it started from.")] = False,
 ) -> None:
-    """Talk with a run or a model; /new starts over, /exit or Ctrl-D ends."""
+    """Talk with a run or a model.
+
+    /new starts over, /exit or Ctrl-D ends.
+    """
     from luthier import verbs
 
     verbs.chat(target, adapter=adapter, base=base, system=system, read=_read_turn, write=_write, say=aside)
@@ -182,7 +189,10 @@ def compare(
     run: RunPath,
     rows: Annotated[int, typer.Option(min=0, help="Held-out rows to answer, beside the recipe's prompts.")] = 128,
 ) -> None:
-    """Base against tuned on the same prompts: table, compare.md, compare.html."""
+    """Ask base and tuned the same prompts.
+
+    The recipe's prompts and held-out rows; a table, compare.md, compare.html and compare.json.
+    """
     from luthier import verbs
     from luthier.run import open_run
 
@@ -196,7 +206,7 @@ def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the merged model.")],
 ) -> None:
-    """Base and adapter → a stand-alone model folder, verified from disk."""
+    """Base + adapter → one model folder, verified."""
     from luthier import verbs
     from luthier.run import open_run
 
@@ -206,7 +216,10 @@ def merge(
 
 @app.command()
 def quickstart() -> None:
-    """The whole journey on a tiny model that is in the package: look, train, compare, merge. About a minute."""
+    """The whole journey on an embedded tiny model.
+
+    Copies recipe, data and model to the current folder; looks, trains, compares, merges, verifies.
+    """
     from luthier import verbs
 
     verbs.quickstart(Path.cwd(), say=say)
