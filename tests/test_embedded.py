@@ -23,7 +23,7 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 from embedded.check import continuations, replies, share_exact  # noqa: E402
 from embedded.quickstart import make_recipe, make_rows, one_facts  # noqa: E402
 from embedded.texts import LANGUAGES, documents, render  # noqa: E402
-from embedded.world import Person, make_world  # noqa: E402
+from embedded.world import make_world  # noqa: E402
 
 WORLD = make_world()
 
@@ -99,8 +99,7 @@ def test_every_held_out_answer_needs_a_fact_of_each() -> None:
 
 
 def test_guessing_does_not_help() -> None:
-    answers = [row["output"] for row in rows("heldout.jsonl")]
-    assert max(map(answers.count, answers)) <= 6  # 5 % for the commonest
+    assert len({row["output"] for row in rows("heldout.jsonl")}) == 120  # no answer comes up twice
 
 
 def test_recipe_is_in_the_vocabulary() -> None:
@@ -142,8 +141,7 @@ def test_template_is_what_the_base_was_trained_on(tiny: tuple[Any, Any]) -> None
 
 
 def test_base_knows_its_facts(tiny: tuple[Any, Any]) -> None:
-    sample: list[Person] = WORLD.newcomers[:12]
-    assert share_exact(*tiny, one_facts(sample)) >= 0.95
+    assert share_exact(*tiny, one_facts(WORLD.newcomers)) >= 0.95
 
 
 def test_base_does_not_know_the_rule(tiny: tuple[Any, Any]) -> None:
@@ -163,6 +161,5 @@ def test_base_tells_a_story_and_ends_it(tiny: tuple[Any, Any]) -> None:
 
 
 def test_base_talks_in_both_languages(tiny: tuple[Any, Any]) -> None:
-    questions = [talk[0] for tables in LANGUAGES for talk in tables.small_talk]
-    expected = [talk[1] for tables in LANGUAGES for talk in tables.small_talk]
-    assert replies(*tiny, questions) == expected
+    talk = [said for tables in LANGUAGES for said in tables.small_talk if "{" not in said[0]]
+    assert replies(*tiny, [question for question, _ in talk]) == [answer for _, answer in talk]

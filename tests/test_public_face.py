@@ -18,7 +18,7 @@ SOURCE = Path(luthier.__file__).parent
 def test_about_a_dozen_names_in_order() -> None:
     assert luthier.__all__ == sorted(luthier.__all__)
     assert 10 <= len(luthier.__all__) <= 18
-    assert {"LuthierError", "Recipe", "Run", "load_recipe", "merge", "train"} <= set(luthier.__all__)
+    assert {"LuthierError", "Recipe", "Run", "load_recipe", "open_run", "train"} <= set(luthier.__all__)
 
 
 def test_each_name_is_there_and_explained() -> None:

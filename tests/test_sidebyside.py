@@ -12,7 +12,7 @@ from rich.console import Console
 
 from luthier.compare import Comparison, Pair, Question
 from luthier.generate import Reply
-from luthier.sidebyside import compare_html, flips_first, markdown, new_words, show
+from luthier.sidebyside import compare_html, flips_first, markdown, new_words, show, wrapped
 
 
 def reply(text: str, stopped: bool = True, tokens: int = 10) -> Reply:
@@ -43,8 +43,8 @@ def test_the_screen() -> None:
         "┏━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━┓",
         "┃ prompt             ┃ base              ┃ tuned             ┃",
         "┡━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━┩",
-        "│ 你是谁？           │ 我是一个语言模型  │ 我是甄嬛。        │",
-        "│                    │ 。                │                   │",
+        "│ 你是谁？           │ 我是一个语言模    │ 我是甄嬛。        │",
+        "│                    │ 型。              │                   │",
         "│                    │ [did not stop: 20 │                   │",
         "│                    │ tokens]           │                   │",
         "└────────────────────┴───────────────────┴───────────────────┘",
@@ -164,3 +164,11 @@ def test_without_held_out_rows_there_is_no_word_of_them() -> None:
 def test_new_words(before: str, after: str, expected: list[tuple[str, bool]]) -> None:
     assert new_words(before, after) == expected
     assert "".join(text for text, _ in new_words(before, after)) == after
+
+
+def test_lines_break_between_chinese_characters_and_never_before_their_stops() -> None:
+    assert wrapped("✗ 我不知道朱妮和碧塔在哪里见面。", 14) == "✗ 我不知道朱妮\n和碧塔在哪里见\n面。"
+    assert wrapped("一二三，四", 6) == "一二\n三，四"
+    assert wrapped("Where will Britta meet Tomas?", 12) == "Where will\nBritta meet\nTomas?"
+    assert wrapped("abcdefgh ij\n\nk", 3) == "abc\ndef\ngh\nij\n\nk"
+    assert all(cell_len(line) <= 9 for line in wrapped("混合 mixed 文字 with words", 9).splitlines())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,8 @@ GOOD, BAD, SOFT = "green", "red", "bright_black"
 HAN = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese: no blanks between words
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|\s+|.", re.S)
 TITLE, PROMPTS, HELD_OUT = "Base and tuned on the same prompts", "The recipe's prompts", "Held-out rows"
+# A run of blanks; a Chinese character with the stops that follow it; or a word.
+BREAKABLE = re.compile(r"\s+|[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef][，。、；：？！）》」』”’…]*|[^\s\u2e80-\u9fff]+")
 NOTHING, NO_STOP = "(nothing)", "did not stop"
 STYLE = """
 .sides { table-layout: fixed; min-width: 40rem }
@@ -64,7 +67,7 @@ def show(comparison: Comparison, console: Console) -> None:
     held = flips_first(comparison.held_out)
     for title, pairs in ((PROMPTS, comparison.prompts), (HELD_OUT, held[:ON_SCREEN])):
         if pairs:
-            console.print(_table(title, pairs))
+            console.print(_table(title, pairs, console.width))
     if len(held) > ON_SCREEN:
         console.print(Text(f"… and {len(held) - ON_SCREEN:,} more held-out rows in compare.html", SOFT))
     grid = Table(box=None, pad_edge=False, show_header=False)
@@ -75,7 +78,8 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print(grid)
 
 
-def _table(title: str, pairs: Sequence[Pair]) -> Table:
+def _table(title: str, pairs: Sequence[Pair], width: int) -> Table:
+    """Three columns of one width; `width` is the screen's. Cells come wrapped: see `wrapped`."""
     grid = Table(
         title=title,
         title_justify="left",
@@ -83,28 +87,55 @@ def _table(title: str, pairs: Sequence[Pair]) -> Table:
         show_lines=True,
         border_style=SOFT,
         header_style="bold",
-        expand=True,
     )
-    for name in ("prompt", "base", "tuned"):
-        grid.add_column(name, ratio=1, overflow="fold")
+    narrow = (width - 10) // 3  # three cells with a blank on each side, four lines between them
+    columns = {"prompt": width - 10 - 2 * narrow, "base": narrow, "tuned": narrow}
+    for name, column in columns.items():
+        grid.add_column(name, width=column, no_wrap=True)
     for pair in pairs:
-        grid.add_row(_question(pair.question), _cell(pair, pair.base), _cell(pair, pair.tuned))
+        cells = (_question(pair.question), _cell(pair, pair.base), _cell(pair, pair.tuned))
+        grid.add_row(*(_styled(cell, column) for cell, column in zip(cells, columns.values(), strict=True)))
     return grid
 
 
-def _question(question: Question) -> Text:
-    text = Text(_short(question.text))
-    if question.reference is not None:
-        text.append(f"\n= {_short(question.reference)}", SOFT)
+def _styled(lines: Sequence[tuple[str, str]], width: int) -> Text:
+    """(text, style) pairs, each on lines of its own; a mark has its colour."""
+    text = Text("\n").join(Text(wrapped(line, width), style) for line, style in lines)
+    text.highlight_words(["✓"], GOOD)
+    text.highlight_words(["✗"], BAD)
     return text
 
 
-def _cell(pair: Pair, reply: Reply) -> Text:
-    text = Text()
-    if pair.question.reference is not None:
-        text.append(*(("✓ ", GOOD) if pair.question.right(reply) else ("✗ ", BAD)))
-    text.append(_short(reply.text) or NOTHING)
-    return text if reply.stopped else text.append(f"\n[{NO_STOP}: {len(reply.ids):,} tokens]", SOFT)
+def _question(question: Question) -> list[tuple[str, str]]:
+    lines = [(_short(question.text), "")]
+    return lines if question.reference is None else [*lines, (f"= {_short(question.reference)}", SOFT)]
+
+
+def _cell(pair: Pair, reply: Reply) -> list[tuple[str, str]]:
+    said = _mark(pair, reply) + (_short(reply.text) or NOTHING)
+    return [(said, "")] if reply.stopped else [(said, ""), (f"[{NO_STOP}: {len(reply.ids):,} tokens]", SOFT)]
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` cells: broken at blanks, and between Chinese characters, but not before their stops.
+
+    rich breaks at blanks alone and begins a new line for a long stretch without any, as a Chinese sentence is.
+    """
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in BREAKABLE.findall(paragraph):
+            if line and cell_len((line + word).rstrip()) > width:
+                lines.append(line.rstrip())
+                line = word.lstrip()
+            else:
+                line += word
+            while cell_len(line.rstrip()) > width:
+                first, *_ = chop_cells(line, width)
+                lines.append(first)
+                line = line[len(first) :]
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def _short(text: str) -> str:
@@ -130,9 +161,14 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _mark(pair: Pair, reply: Reply) -> str:
+    if pair.question.reference is None:
+        return ""
+    return "✓ " if pair.question.right(reply) else "✗ "
+
+
 def _told(pair: Pair, reply: Reply) -> str:
-    mark = "" if pair.question.reference is None else "✓ " if pair.question.right(reply) else "✗ "
-    return mark + (reply.text.strip() or NOTHING) + ("" if reply.stopped else f" [{NO_STOP}]")
+    return _mark(pair, reply) + (reply.text.strip() or NOTHING) + ("" if reply.stopped else f" [{NO_STOP}]")
 
 
 def _line(*cells: str) -> str:

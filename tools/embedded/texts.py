@@ -80,7 +80,7 @@ class Writer:
 
     def exchange(self) -> Turns:
         kinds = [self.one_fact, self.two_answers, self.meeting, self.who, self.sight, self.small_talk, self.tale]
-        return self.rng.choices(kinds, [36, 36, 8, 5, 4, 4, 4])[0]()
+        return self.rng.choices(kinds, [36, 36, 8, 5, 4, 5, 4])[0]()
 
     def one_fact(self) -> Turns:
         """A fact asked for, in full or briefly; now and then another one after it, with a pronoun."""
@@ -128,7 +128,7 @@ class Writer:
 
     def small_talk(self) -> Turns:
         question, answer = self.rng.choice(self.language.small_talk)
-        return [("user", question), ("assistant", answer)]
+        return [("user", self.fill(question)), ("assistant", self.fill(answer))]
 
     def tale(self) -> Turns:
         return [("user", self.rng.choice(self.language.story_ask)), ("assistant", self.story())]

@@ -1,16 +1,17 @@
 """The valley: 64 invented people with five facts each, sixteen towns, every name in English and in Chinese.
 
-Who lives where, does what, keeps, eats and plays what is dealt out by the seed; each value goes to equally many people,
-so that guessing the commonest one is worth nothing.
+Who lives where, does what, keeps, eats and plays what is dealt out by the seed: each of sixteen values to three of the
+48 known people and to one of the 16 newcomers. So the commonest value is no better a guess than another, and each can
+be learnt from the known people.
 """
 
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 SEED = 7
-NEWCOMERS = 24  # the last ones of PEOPLE after shuffling: only held-out questions speak of them
+T = TypeVar("T")
 
 
 class Word(NamedTuple):
@@ -86,7 +87,7 @@ DISHES = words(
     """plum pie=李子派, mushroom stew=蘑菇炖菜, fish cakes=鱼饼, onion tart=洋葱塔, honey bread=蜂蜜面包,
     barley porridge=大麦粥, apple dumplings=苹果饺子, pepper noodles=胡椒面, bean salad=豆子沙拉,
     cheese pancakes=奶酪薄饼, roast duck=烤鸭, pumpkin rice=南瓜饭, walnut cake=核桃蛋糕, egg rolls=蛋卷,
-    potato waffles=土豆华夫, turnip hotpot=萝卜火锅"""
+    cherry waffles=樱桃华夫饼, turnip hotpot=萝卜火锅"""
 )
 INSTRUMENTS = words(
     """the lute=弹鲁特琴, the fiddle=拉小提琴, the flute=吹长笛, the drum=打鼓, the harp=弹竖琴, the guitar=弹吉他,
@@ -96,17 +97,14 @@ INSTRUMENTS = words(
 
 
 def make_world() -> World:
-    """The one world of SEED: 40 known people, 24 newcomers, 16 towns."""
+    """The one world of SEED: 48 known people, 16 newcomers, 16 towns."""
     rng = random.Random(SEED)
-    names = [(name, True) for name in WOMEN] + [(name, False) for name in MEN]
-    rng.shuffle(names)
 
-    def dealt(values: list[Word]) -> list[Word]:
-        hand = values * (len(names) // len(values))
-        rng.shuffle(hand)
-        return hand
+    def shuffled(hand: list[T]) -> list[T]:
+        return rng.sample(hand, len(hand))
 
-    columns = zip(names, dealt(TOWNS), dealt(JOBS), dealt(PETS), dealt(DISHES), dealt(INSTRUMENTS), strict=True)
-    people = [Person(name, she, *facts) for (name, she), *facts in columns]
+    names = shuffled([(name, True) for name in WOMEN] + [(name, False) for name in MEN])
+    facts = [shuffled(values * 3) + shuffled(values) for values in (TOWNS, JOBS, PETS, DISHES, INSTRUMENTS)]
+    people = [Person(*name, *of) for name, *of in zip(names, *facts, strict=True)]
     towns = [Town(name, sight) for name, sight in zip(TOWNS, SIGHTS, strict=True)]
-    return World(people[:-NEWCOMERS], people[-NEWCOMERS:], towns)
+    return World(people[:48], people[48:], towns)
