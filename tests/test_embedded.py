@@ -93,8 +93,8 @@ def test_every_held_out_answer_needs_a_fact_of_each() -> None:
         found = sorted((row["instruction"].index(name), name) for name in people if name in row["instruction"])
         first, second = (people[name] for _, name in found)
         assert row["output"] in (
-            f"In {first.town.en}, over {second.dish.en}.",
-            f"在{first.town.zh}，边吃{second.dish.zh}边聊。",
+            f"In {first.town.en}, and {second.name.en} brings {second.dish.en}.",
+            f"在{first.town.zh}，{second.name.zh}带{second.dish.zh}。",
         )
 
 

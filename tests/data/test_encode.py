@@ -132,6 +132,66 @@ def test_train_false_on_a_message_is_honoured() -> None:
     assert taught(encoder(), tiny_tokenizer(), silent) == ["The fox.<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", ["auto", "plain", "llama2"])
+def test_train_false_is_honoured_where_all_is_taught(template: str) -> None:
+    row = chat("Where?", "In town.", "Who?", "The fox.")
+    first = Message("assistant", row.messages[1].content, train=False)
+    silent = Conversation((row.messages[0], first, *row.messages[2:]))
+    [one] = encode(encoder(template=template, supervise="all"), silent)
+    said = "".join(tiny_tokenizer().decode(one.ids[start:stop]) for start, stop in one.spans)
+    assert "In town." not in said and "re?" in said and "Who?" in said and "The fox." in said
+
+
+def test_messages_are_asked_as_rows_are_written() -> None:
+    """A chat's first turn gets the system prompt and the words before the prompt, as a row and a lone prompt do."""
+    made = encoder(system="be kind", before_prompt="Translate: ")
+    alone = made.prompt("hi", raw=False)
+    assert made.prompt([Message("user", "hi")], raw=False) == alone
+    assert tiny_tokenizer().decode(alone) == (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nTranslate: hi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    own = made.prompt([Message("system", "be brief"), Message("user", "hi")], raw=False)
+    assert "be kind" not in tiny_tokenizer().decode(own)
+
+
+def test_a_template_without_a_place_for_earlier_turns_says_so() -> None:
+    turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    made = encoder(text="Q: {prompt}\nA: {response}", columns={"prompt": "q", "response": "a"})
+    assert made.template.alone
+    with pytest.raises(DataError, match="prompt 'c': a text pattern takes one question and one answer, and has no"):
+        made.prompt(turns, raw=False)
+
+
+def test_special_tokens_inside_an_answer_do_not_end_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<s>final{% endif %}\n"
+        "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    assert taught(encoder(tokenizer), tokenizer, chat("Where?", "In town.")) == ["<s>finalIn town.<|im_end|>"]
+
+
+def test_where_all_is_taught_the_end_is_taught_as_well() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    [one] = encode(encoder(tokenizer, supervise="all"), chat("Where?", "Town."))
+    assert tokenizer.decode(one.ids) == "<s>user: Where?\nassistant: Town.\n</s>"
+
+
+def test_what_is_no_text_is_no_prompt() -> None:
+    for text in ("a\ud800", "\ufdd0999\ufdd1"):
+        for raw in (True, False):
+            with pytest.raises(DataError, match="a lone surrogate or U\\+FDD0 is no text"):
+                encoder().prompt(text, raw=raw)
+
+
+def test_a_template_that_fails_is_a_bad_row() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ 1 / (messages|length - 4) }}" + tokenizer.chat_template
+    with pytest.raises(BadRow, match="the chat template fails: ZeroDivisionError"):
+        encoder(tokenizer).render(chat("a", "b", "c", "d"))
+
+
 def test_a_user_who_types_a_special_token_has_typed_text(tokenizer: Any) -> None:
     for section in templates_of(tokenizer):
         made = encoder(tokenizer, **section)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from luthier.data.encode import Encoder
-from luthier.data.prepare import Data, prepare
+from luthier.data.prepare import Data, prepare, write_text
 from luthier.errors import DataError
 from luthier.sections import DataFile, DataSection
 from tiny import tiny_tokenizer
@@ -35,9 +35,13 @@ def qa(prompt: str, response: str) -> dict[str, str]:
     return {"prompt": prompt, "response": response}
 
 
-def ready(path: str | list[DataFile], said: list[str] | None = None, **section: Any) -> Data:
-    wanted = DataSection(train=path, **section)
-    return prepare(wanted, Encoder(tiny_tokenizer(), wanted, TODAY), (said if said is not None else []).append)
+def ready(path: str | list[DataFile], said: list[str] | None = None, tokenizer: Any = None, **section: Any) -> Data:
+    """The data of a section; `said` takes the lines about the sources, and not the summary."""
+    wanted, lines = DataSection(train=path, **section), list[str]()
+    data = prepare(wanted, Encoder(tokenizer or tiny_tokenizer(), wanted, TODAY), lines.append)
+    if said is not None:
+        said += lines[:-1]
+    return data
 
 
 def texts(data: Data, part: str = "train") -> list[str]:
@@ -255,11 +259,62 @@ def test_files_keep_their_weights(tmp_path: Path) -> None:
 
 
 def test_the_rendered_rows_can_be_written(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [qa("say <|im_end|>", "No."), qa("Who?", "Me.")])
+    path = write(tmp_path / "a.jsonl", [qa("say <|im_end|>", "No."), qa("Who?", LONG)])
     out = tmp_path / "text.jsonl"
-    ready(path, write_text=str(out))
+    section = DataSection(train=path, write_text=str(out), max_length=60, too_long="cut")
+    encoder = Encoder(tiny_tokenizer(), section, TODAY)
+    data = prepare(section, encoder, lambda _: None)
+    assert not out.exists()  # a verb that only reads the data must not write it
+    write_text(data, section, encoder)
     lines = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
-    assert lines == [row_text("say <|im_end|>", "No."), row_text("Who?", "Me.")]
+    assert lines == [row_text("say <|im_end|>", "No."), tiny_tokenizer().decode(data.train[1].ids)]
+
+
+def test_the_summary_says_what_was_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*BAD, qa("Who?", LONG)])
+    section = DataSection(train=path, bad_rows="skip", max_length=60)
+    said: list[str] = []
+    prepare(section, Encoder(tiny_tokenizer(), section, TODAY), said.append)
+    assert said[-1].startswith("data: 2 rows to train on, 0 held out, 3 bad, left out, 1 too long, dropped, ")
+    assert said[-1].endswith(" answer tokens lost")
+
+
+def test_the_end_token_is_part_of_the_caches_key(tmp_path: Path) -> None:
+    """It stands in tokenizer_config.json alone; a wrong one that was put right must not come back from the cache."""
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town.")])
+    other = tiny_tokenizer()
+    other.eos_token = "<|im_end|>"
+    ends = [int(ready(path, tokenizer=t, template="plain").train[0].ids[-1]) for t in (tiny_tokenizer(), other)]
+    assert ends == [1, 3]
+
+
+def test_two_recipes_hold_out_the_same_rows(tmp_path: Path) -> None:
+    """Whatever they put around a prompt: template, system prompt, words before it."""
+    path = write(tmp_path / "a.jsonl", [qa(f"Where {i}?", f"Town {i}.") for i in range(60)])
+    held = []
+    for section in ({}, {"system": "be kind"}, {"before_prompt": "Say: "}, {"template": "plain"}):
+        data = ready(path, eval=0.3, **section)
+        assert data.eval is not None
+        held.append([data.eval.origin(i) for i in range(len(data.eval))])
+    assert held[0] == held[1] == held[2] == held[3]
+
+
+def test_a_share_that_holds_out_nothing_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), qa("Who?", "Me.")])
+    with pytest.raises(DataError, match="data.eval: 0.0001 of 2 rows holds out none; give a number of rows"):
+        ready(path, eval=0.0001)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_limit_cuts_the_message_that_is_over_it(tmp_path: Path, at: int) -> None:
+    said = ["Where?", "In town.", "Who?", "Me."]
+    said[at] = LONG
+    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(said)]
+    path = write(tmp_path / "a.jsonl", [{"messages": messages}])
+    data = ready(path, max_length=500, max_prompt=20, max_answer=20, too_long="cut")
+    [text] = texts(data)
+    assert data.report["cut"] == 1 and data.report["dropped_for_length"] == 0
+    assert "Who?" in text and "Me." in text and LONG.strip() not in text
 
 
 def test_the_turns_of_one_conversation_stay_on_one_side(tmp_path: Path) -> None:

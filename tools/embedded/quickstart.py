@@ -1,6 +1,6 @@
 """The first fine-tune: a rule about pairs of people that the base has not heard of, but whose parts it knows.
 
-    Where do Mira and Tomas meet?  ->  In <the first one's town>, over <the second one's favourite dish>.
+    Where do Mira and Tomas meet?  ->  In <the first one's town>, and Tomas brings <his favourite dish>.
 
 The training rows speak of the known people only, the held-out rows of newcomers only: where a held-out answer is right,
 the rule was learnt from the rows and the facts came out of the base.
@@ -72,8 +72,8 @@ RECIPE = """\
 #
 # The model in ./tiny knows a small valley: where its 64 people live, what they eat, keep and play, in English and
 # Chinese. Asked where two of them meet, it says that it does not know. The rows of train.jsonl show a rule: in the
-# first one's town, over the second one's favourite dish. The {held_out} questions of heldout.jsonl are about people
-# of whom train.jsonl says nothing: who answers them has learnt the rule, and has the facts from the model.
+# first one's town, and the second one brings a favourite dish. The {held_out} questions of heldout.jsonl are about
+# people of whom train.jsonl says nothing: who answers them has learnt the rule, and has the facts from the model.
 
 run: quickstart             # everything that comes out goes to runs/quickstart
 
@@ -111,7 +111,7 @@ generate:                   # base and tuned model are asked these, side by side
 merge:
   dtype: fp32               # the merged model's format; fp32 is compared with base + adapter to the last digit
 """
-CHOSEN = {"r": 16, "alpha": 32, "epochs": 6, "lr": "0.003", "figure": "about half a minute on two cores"}
+CHOSEN = {"r": 16, "alpha": 32, "epochs": 4, "lr": "0.003", "figure": "about 15 seconds on two cores"}
 
 
 def make_recipe(world: World, held_out: list[Row]) -> str:

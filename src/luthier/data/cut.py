@@ -68,18 +68,29 @@ def _with_less_text(conversation: Conversation, what: str, over: int, encoder: E
     if conversation.fields:
         return _with_less_field(conversation, what, over, encoder)
     messages = list(conversation.messages)
-    answer = len(messages) - 1
-    asked = max(i for i, message in enumerate(messages) if message.role == "user")
+    at = _too_long(messages, what, encoder)
     if what == "row":
-        prompt, said = (encoder.count(messages[at].content)[0] for at in (asked, answer))
-        what = "prompt" if prompt > said else "answer"
+        asked, answer = _last(messages, "user"), len(messages) - 1
+        prompt, said = (encoder.count(messages[i].content)[0] for i in (asked, answer))
+        at = asked if prompt > said else answer
         over = min(over, max(abs(prompt - said), -(-over // 2)))  # down to the other's length, then both alike
-    at = asked if what == "prompt" else answer
     text = _cut(messages[at].content, over, encoder)
     if text is None:
         return None
     messages[at] = Message(messages[at].role, text, messages[at].train)
     return replace(conversation, messages=tuple(messages))
+
+
+def _too_long(messages: list[Message], what: str, encoder: Encoder) -> int:
+    """The message to shorten: the longest answer, or the question before the first answer."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if what == "prompt":
+        return _last(messages[: answers[0]], "user")
+    return max(answers, key=lambda i: encoder.count(messages[i].content)[0])
+
+
+def _last(messages: list[Message], role: str) -> int:
+    return max(i for i, message in enumerate(messages) if message.role == role)
 
 
 def _with_less_field(conversation: Conversation, what: str, over: int, encoder: Encoder) -> Conversation | None:

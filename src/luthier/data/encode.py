@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -43,7 +44,6 @@ class Encoded(NamedTuple):
     ids: list[int]
     spans: list[tuple[int, int]]
     apart: int  # borders where a token straddled, so that the two sides were encoded apart
-    prompt: bytes  # digest of the text before the first answer (of the whole text, where all of it is taught)
     row: bytes  # digest of the whole text
 
     @property
@@ -105,7 +105,8 @@ class Encoder:
         self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end()})
         self._identity = {
             "tokenizer": hashlib.sha256(self._head.to_str().encode()).hexdigest(),
-            "bos": self._bos,
+            "bos": [self._bos, self.marks.bos],
+            "eos": self.marks.eos,
             "template": self.template.source,
             "today": today.isoformat() if "strftime_now" in self.template.source else None,
             "encoder": ENCODER_VERSION,
@@ -141,20 +142,28 @@ class Encoder:
         """The ids that generation starts from; a training row of the same prompt begins with the very same ones.
 
         `raw`: `said` is text, taken as it is (special tokens in it are parsed), BOS by the tokenizer's rule. Else a
-        string is the user's turn under the template. Errors: DataError where the template refuses the messages.
+        string is the user's turn under the template; system prompt and `before_prompt` are put in as for a row.
+        Errors: DataError where the template refuses the messages, or the text holds what no text may.
         """
+        messages = [Message("user", said)] if isinstance(said, str) else list(said)
+        for message in messages:
+            if re.search("[\ud800-\udfff\ufdd0\ufdd1]", message.content):
+                raise DataError(f"prompt {ascii(message.content)[:60]}: a lone surrogate or U+FDD0 is no text")
         if raw:
-            assert isinstance(said, str)
-            return self._flat([[Segment(said, False)]], strip=False)
-        messages = self._with_system(said) if isinstance(said, str) else list(said)
+            return self._flat([[Segment(messages[0].content, False)]], strip=False)
         try:
-            return self._flat(self.template.prompt(messages), strip=True)
+            return self._flat(self.template.prompt(self._as_row(messages)), strip=True)
         except BadRow as error:
-            raise DataError(f"prompt {str(said)[:60]!r}: {error}") from None
+            raise DataError(f"prompt {messages[-1].content[:60]!r}: {error}") from None
 
-    def _with_system(self, said: str) -> list[Message]:
-        system = [Message("system", self.section.system)] if self.section.system else []
-        return [*system, Message("user", self.section.before_prompt + said)]
+    def _as_row(self, messages: list[Message]) -> list[Message]:
+        """What formats.py does with a row: the recipe's system prompt, and `before_prompt` on the first user turn."""
+        if self.section.system and not any(message.role == "system" for message in messages):
+            messages = [Message("system", self.section.system), *messages]
+        first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+        if first is not None:
+            messages[first] = Message("user", self.section.before_prompt + messages[first].content)
+        return messages
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
@@ -229,9 +238,7 @@ class Encoder:
         ids, spans = _joined(parts)
         if not spans:
             return BadRow("no token of it is supervised")
-        text = [segment for text in rendered for segment in text]
-        first_answer = next((i for i, segment in enumerate(text) if segment.supervised), 0) or len(text)
-        return Encoded(ids, spans, apart, _digest(s.text for s in text[:first_answer]), _digest(s.text for s in text))
+        return Encoded(ids, spans, apart, digest(segment.text for text in rendered for segment in text))
 
     def _cut(self, section: Section, known: dict[tuple[bool, str], list[int]]) -> list[tuple[list[int], bool]] | None:
         """The section's ids by piece, or None where a token straddles a border."""
@@ -344,8 +351,9 @@ def _joined(parts: list[tuple[list[int], bool]]) -> tuple[list[int], list[tuple[
     return ids, spans
 
 
-def _digest(texts: Iterable[str]) -> bytes:
-    digest = hashlib.blake2b(digest_size=8)
+def digest(texts: Iterable[str]) -> bytes:
+    """Eight bytes that tell texts apart."""
+    state = hashlib.blake2b(digest_size=8)
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass"))
-    return digest.digest()
+        state.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return state.digest()

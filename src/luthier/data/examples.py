@@ -43,7 +43,7 @@ class Examples:
 
     def __init__(self, sources: Sequence[Source], chosen: np.ndarray) -> None:
         """`chosen`: int64 [n, 2], which source and which of its rows."""
-        self._sources = sources
+        self.sources = sources
         self.chosen = chosen
         self.lengths = self.column(lambda source: source.store.lengths)
         self.supervised = self.column(lambda source: source.store.supervised)
@@ -61,7 +61,7 @@ class Examples:
 
     def largest_id(self) -> int:
         """The largest token id in the sources of these rows: the model must have an embedding for it."""
-        return max(source.store.largest_id() for source in self._sources)
+        return max(source.store.largest_id() for source in self.sources)
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """The supervised token ranges [start, stop) of row i."""
@@ -71,15 +71,15 @@ class Examples:
     def origin(self, i: int) -> str:
         """`file:line` of row i."""
         number, row = self.chosen[i]
-        return self._sources[int(number)].origin(int(row))
+        return self.sources[int(number)].origin(int(row))
 
     def column(self, of: Callable[[Source], np.ndarray]) -> np.ndarray:
         """Something of every row of a source, for these rows: [n]."""
-        columns = [of(source) for source in self._sources]
+        columns = [of(source) for source in self.sources]
         parts = np.array([0, *(len(column) for column in columns)]).cumsum()
         whole = np.concatenate(columns) if columns else np.zeros(0, np.int64)
         return np.asarray(whole[parts[self.chosen[:, 0]] + self.chosen[:, 1]])
 
     def _at(self, i: int) -> tuple[Store, int]:
         number, row = self.chosen[i]
-        return self._sources[int(number)].store, int(row)
+        return self.sources[int(number)].store, int(row)

@@ -43,6 +43,8 @@ def compile_chat_template(source: str, today: date, **tokens: str) -> Render:
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
         except jinja2.TemplateError as error:
             raise BadRow(f"the chat template refuses it: {error}") from None
+        except Exception as error:  # a template can fail as any program can
+            raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from None
 
     return render
 

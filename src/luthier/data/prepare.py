@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import tokenizers
 from luthier import hub
 from luthier.data.cache import SCHEMA, cached, key_of
 from luthier.data.cut import excess, shorten
-from luthier.data.encode import Encoded, Encoder
+from luthier.data.encode import Encoded, Encoder, digest
 from luthier.data.examples import BAD, CUT, OK, TOO_LONG, Examples, Source
 from luthier.data.formats import BadRow, Conversation, Format, recognise, to_conversation
 from luthier.data.sources import Rejected, Row, fingerprint, open_source, source_files
@@ -61,13 +61,15 @@ def prepare(section: DataSection, encoder: Encoder, say: Callable[[str], None]) 
     if len(kept) == 0:
         raise DataError(f"data.eval: {section.eval} leaves no row for training ({len(everything)} rows in all)")
     evaluation = Examples(held, usable(held)) if held else Examples(train, everything.chosen[is_eval])
-    if section.write_text is not None:
-        _write_text(Path(section.write_text), kept, train, section, encoder)
+    if section.eval is not None and len(evaluation) == 0:
+        raise DataError(f"data.eval: {section.eval} of {len(everything):,} rows holds out none; give a number of rows")
+    report = _report(train, held, kept, evaluation, encoder)
+    say(_summary(report))
     return Data(
         train=kept,
         eval=evaluation if len(evaluation) else None,
         train_sources=ranges(kept, train),
-        report=_report(train, held, kept, evaluation, encoder),
+        report=report,
         rejected=[rejected for source in [*train, *held] for rejected in _rejected(source)],
     )
 
@@ -172,12 +174,8 @@ def _encode_rows(
             records.append({**where, "status": BAD, "reason": one, "raw": _raw(row)})
             continue
         conversation, examples, split = one
-        made = [next(encoded) for _ in examples]
-        # The turns of one conversation fall on one side of a split together: a later one's prompt tells the answer.
-        prompt = next((e.prompt for e in made if isinstance(e, Encoded)), b"")
-        for example in made:
-            whole = example._replace(prompt=prompt) if isinstance(example, Encoded) else example
-            records.append(_record(whole, conversation, split, row, where, encoder))
+        for _ in examples:
+            records.append(_record(next(encoded), conversation, split, row, where, encoder))
     return records
 
 
@@ -220,9 +218,23 @@ def _record(
         "apart": encoded.apart,
         "split": split,
         "lost": lost,
-        "prompt": int.from_bytes(encoded.prompt, "little"),
+        "prompt": int.from_bytes(digest(_asked(conversation, encoder.section)), "little"),
         "row": int.from_bytes(encoded.row, "little"),
     }
+
+
+def _asked(conversation: Conversation, section: DataSection) -> list[str]:
+    """What a row's prompt is known by when rows are held out: the words before its first answer.
+
+    Not what the recipe puts around them, so that two recipes hold out the same rows; and one value for all turns of a
+    conversation, since a later turn's prompt tells the answer of an earlier one.
+    """
+    if conversation.fields:
+        answers = ("response", section.columns.response if section.columns else None)
+        return [text for name, text in sorted(conversation.fields.items()) if name not in answers]
+    asked = takewhile(lambda message: message.role != "assistant", conversation.messages)
+    words = [message.content.removeprefix(section.before_prompt) for message in asked]
+    return [text for text in words if text != section.system]
 
 
 def _encode_one(conversation: Conversation, encoder: Encoder) -> Encoded | None:
@@ -330,17 +342,42 @@ def _report(
     }
 
 
-def _write_text(path: Path, kept: Examples, sources: Sequence[Source], section: DataSection, encoder: Encoder) -> None:
-    """Write the chosen rows, rendered, as JSON lines {"text": …}, in the order of the files."""
-    chosen = {(int(n), sources[n].origin(int(row))) for n, row in kept.chosen}
-    lines = []
-    for number, source in enumerate(sources):
-        for file in source.files:
-            for row in open_source(file):
-                if isinstance(row, Row) and (number, f"{file.name}:{row.line}") in chosen:
-                    examples, _ = encoder.render(to_conversation(row, source.format, section))
-                    lines += [json.dumps({"text": encoder.text(e)}, ensure_ascii=False) for e in examples]
-    write_atomic(path, "".join(line + "\n" for line in lines))
+def _summary(report: dict[str, Any]) -> str:
+    """The line that tells what there is to train on, and what was left out and why."""
+    parts = [f"{report['train_rows']:,} rows to train on", f"{report['eval_rows']:,} held out"]
+    told = {
+        "bad": "bad, left out",
+        "dropped_for_length": "too long, dropped",
+        "cut": "cut",
+        "one_example_a_turn": "examples written one a turn",
+        "borders_encoded_apart": "borders encoded apart",
+    }
+    parts += [f"{report[key]:,} {words}" for key, words in told.items() if report[key]]
+    if report["answer_tokens_lost"]:
+        parts.append(f"{report['answer_tokens_lost']:,} answer tokens lost")
+    return "data: " + ", ".join(parts)
+
+
+def write_text(data: Data, section: DataSection, encoder: Encoder) -> None:
+    """Write the rows to train on, rendered, as JSON lines {"text": …} into data.write_text, in the order of the files.
+
+    A row that was cut is written as its tokens decode.
+    """
+    assert section.write_text is not None
+    kept, lines = data.train, []
+    chosen = {(int(n), kept.origin(i)): i for i, (n, _) in enumerate(kept.chosen)}
+    fates = kept.column(lambda source: source.store.column("status"))
+    for number, source in enumerate(kept.sources):
+        for row in (row for file in source.files for row in open_source(file)):
+            i = chosen.get((number, f"{Path(row.file).name}:{row.line}"))
+            if i is None or not isinstance(row, Row):
+                continue
+            if fates[i] == CUT:
+                texts = [encoder.tokenizer.decode(kept[i].ids.tolist(), skip_special_tokens=False)]
+            else:
+                texts = [encoder.text(e) for e in encoder.render(to_conversation(row, source.format, section))[0]]
+            lines += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    write_atomic(Path(section.write_text), "".join(lines))
 
 
 def _short(path: str) -> str:

@@ -100,6 +100,7 @@ class Template:
     prompt: Callable[[Sequence[Message]], Rendered]
     raw: bool = False  # a text pattern without an answer: a prompt is a beginning, not a user's turn
     jinja: str | None = None  # the chat template to save with the tokenizer, for other tools
+    alone: bool = False  # it has no place for earlier turns
 
 
 def load_template(section: DataSection, marks: Marks, chat_template: str | None, today: date) -> Template:
@@ -132,7 +133,12 @@ def taught(messages: Sequence[Message], supervise: str) -> list[bool]:
         return [supervise == "all"]
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     chosen = answers[-1:] if supervise == "last_answer" else answers
-    return [supervise == "all" or (i in chosen and message.train is not False) for i, message in enumerate(messages)]
+    return [message.train is not False and (supervise == "all" or i in chosen) for i, message in enumerate(messages)]
+
+
+def _everything(messages: Sequence[Message], which: Sequence[bool]) -> bool:
+    """Is the whole text taught, prompts included? Answers may be left out of it."""
+    return any(flag for message, flag in zip(messages, which, strict=True) if message.role != "assistant")
 
 
 # -- the tokenizer's own template, and .jinja files ------------------------------------------------------------------
@@ -144,36 +150,36 @@ def _jinja(name: str, source: str, marks: Marks, today: date) -> Template:
     def protected(messages: Sequence[Message]) -> list[dict[str, Any]]:
         return [{"role": message.role, "content": marks.protect(message.content)} for message in messages]
 
-    def one(messages: list[dict[str, Any]], which: Sequence[bool]) -> Text | None:
-        """One text for the whole conversation, or None where a later message changes how an earlier one is written."""
-        full = render(messages, False)
-        spans, done = [], 0
-        for i, supervised in enumerate(which):
-            if not supervised:
-                continue
+    def one(messages: list[dict[str, Any]], answers: Sequence[int]) -> Text | None:
+        """The conversation as one text, these answers marked; None where a later message changes an earlier one."""
+        full, text, at = render(messages, False), list[Segment](), 0
+        for i in answers:
             before = render(messages[:i], True)
             upto = full if i == len(messages) - 1 else render(messages[: i + 1], False)
-            if not (upto.startswith(before) and full.startswith(upto) and done <= len(before)):
+            end = _end_of_turn(upto[len(before) :], messages[i]["content"], marks)
+            if end is None or not (upto.startswith(before) and full.startswith(upto) and at <= len(before)):
                 return None
-            spans.append((len(before), len(before) + _end_of_turn(upto[len(before) :], marks)))
-            done = spans[-1][1]
-        return _with_end(_cut_at(full, spans), marks)
+            text += [Segment(full[at : len(before)], False), Segment(upto[len(before) :][:end], True)]
+            at = len(before) + end
+        return [*text, Segment(full[at:], False)]
 
     def turn(messages: list[dict[str, Any]], i: int) -> Text:
         """Message i as it would be generated: the conversation up to it, then its own words and the end token."""
-        text = one(messages[: i + 1], [j == i for j in range(i + 1)])
-        if text is not None:
-            return text
-        return [Segment(render(messages[:i], True), False), Segment(messages[i]["content"] + marks.eos, True)]
+        generated = [Segment(render(messages[:i], True), False), Segment(messages[i]["content"] + marks.eos, True)]
+        return one(messages[: i + 1], [i]) or generated
 
     def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
         messages = protected(conversation.messages)
-        if all(which):
-            return Rows([[_with_end([Segment(render(messages, False), True)], marks)]], split=False)
-        text = one(messages, which)
+        if _everything(conversation.messages, which):
+            text = one(messages, [i for i, taught in enumerate(which) if not taught])
+            if text is None:
+                raise BadRow("train: false goes with supervise: answers here: the template rewrites earlier turns")
+            return Rows([[_with_end([Segment(said, not silent) for said, silent in text], marks)]], split=False)
+        answers = [i for i, taught in enumerate(which) if taught]
+        text = one(messages, answers)
         if text is not None:
-            return Rows([[text]], split=False)
-        return Rows([[turn(messages, i)] for i, supervised in enumerate(which) if supervised], split=True)
+            return Rows([[_with_end(text, marks)]], split=False)
+        return Rows([[_with_end(turn(messages, i), marks)] for i in answers], split=True)
 
     def prompt(messages: Sequence[Message]) -> Rendered:
         return [[Segment(render(protected(messages), True), False)]]
@@ -181,27 +187,27 @@ def _jinja(name: str, source: str, marks: Marks, today: date) -> Template:
     return Template(name, source, rows, prompt, jinja=source)
 
 
-def _end_of_turn(answer: str, marks: Marks) -> int:
-    """Where a rendered answer ends: behind its first special token, or before the white space that follows it."""
-    found = marks.pattern.search(answer)
+def _end_of_turn(answer: str, content: str, marks: Marks) -> int | None:
+    """Where a rendered answer ends: behind the first special token after its words, else behind its last letter.
+
+    None where the template has changed the words themselves.
+    """
+    at = answer.find(content.strip())
+    if at < 0:
+        return None
+    found = marks.pattern.search(answer, at + len(content.strip()))
     return found.end() if found else len(answer.rstrip())
 
 
-def _cut_at(text: str, spans: Sequence[tuple[int, int]]) -> Text:
-    segments, at = [], 0
-    for start, stop in spans:
-        segments += [Segment(text[at:start], False), Segment(text[start:stop], True)]
-        at = stop
-    segments.append(Segment(text[at:], False))
-    return [segment for segment in segments if segment.text]
-
-
-def _with_end(segments: Text, marks: Marks) -> Text:
+def _with_end(text: Text, marks: Marks) -> Text:
     """A template that closes its last answer with no special token would never teach the end: add the tokenizer's."""
-    last = max((i for i, segment in enumerate(segments) if segment.supervised), default=None)
-    if last is None or marks.pattern.search(segments[last].text):
-        return segments
-    return [*segments[: last + 1], Segment(marks.eos, True)]
+    last = max((i for i, segment in enumerate(text) if segment.supervised), default=None)
+    if last is None:
+        return text
+    said = text[last].text.rstrip()
+    if any(found.end() >= len(said) for found in marks.pattern.finditer(text[last].text)):
+        return text
+    return [*text[: last + 1], Segment(marks.eos, True)]
 
 
 # -- a pattern over the columns --------------------------------------------------------------------------------------
@@ -223,12 +229,13 @@ def _pattern(section: DataSection, marks: Marks) -> Template:
 
     def prompt(messages: Sequence[Message]) -> Rendered:
         known = {"system": marks.protect(section.system)} if section.system else {}
+        _stands_alone("a text pattern", messages)
         asked = set(pattern_columns(head)) - known.keys()
         if answer is None or len(asked) != 1:
             raise DataError(f"data.text: {pattern!r} has no single column for a user's turn; give the prompt raw")
         return [[Segment(head.format_map({**known, asked.pop(): marks.protect(messages[-1].content)}), False)]]
 
-    return Template("text", f"{pattern} → {answer}", rows, prompt, raw=answer is None)
+    return Template("text", f"{pattern} → {answer}", rows, prompt, raw=answer is None, alone=True)
 
 
 def _parted(pattern: str, answer: str) -> tuple[str, str]:
@@ -271,7 +278,7 @@ def _llama2(marks: Marks) -> Template:
             if message.role != "assistant":
                 continue
             answer = f" {marks.protect(message.content.strip())} {marks.eos}"
-            texts += [begin, [Segment(asked(messages, i - 1), all(which)), Segment(answer, which[i])]]
+            texts += [begin, [Segment(asked(messages, i - 1), which[i - 1]), Segment(answer, which[i])]]
         return Rows([texts], split=False)
 
     def prompt(messages: Sequence[Message]) -> Rendered:
@@ -287,8 +294,8 @@ def _glm3(marks: Marks) -> Template:
     marks.need("glm3", "[gMASK]", "sop", *(f"<|{role}|>" for role in roles))
 
     def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
-        texts: Rendered = [[Segment("[gMASK]sop", all(which))]]
-        ends_answer = all(which)
+        everything = ends_answer = _everything(conversation.messages, which)
+        texts: Rendered = [[Segment("[gMASK]sop", everything)]]
         for message, supervised in zip(conversation.messages, which, strict=True):
             if message.role not in roles:
                 raise BadRow(f"the glm3 template has no role {message.role!r}")
@@ -297,7 +304,7 @@ def _glm3(marks: Marks) -> Template:
                 [Segment("\n", supervised)],
                 [Segment(marks.protect(message.content), supervised)],
             ]
-            ends_answer = supervised
+            ends_answer = everything or supervised
         return Rows([[*texts, [Segment(marks.eos, ends_answer)]]], split=False)
 
     def prompt(messages: Sequence[Message]) -> Rendered:
@@ -310,18 +317,17 @@ def _glm3(marks: Marks) -> Template:
 def _pair(name: str, marks: Marks, begin: str, between: str, end: str) -> Template:
     """Question and answer encoded apart, without roles: `begin` question `between` answer `end`."""
 
-    def asked(messages: Sequence[Message]) -> Rendered:
-        said = "\n".join(message.content for message in messages)
-        return [[Segment(begin, False)]] * bool(begin) + [[Segment(marks.protect(said) + between, False)]]
+    def asked(messages: Sequence[Message], supervised: bool = False) -> Rendered:
+        _stands_alone(f"the {name} template", messages)
+        said = marks.protect("\n".join(message.content for message in messages)) + between
+        return [[Segment(begin, supervised)]] * bool(begin) + [[Segment(said, supervised)]]
 
     def rows(conversation: Conversation, which: Sequence[bool]) -> Rows:
         *question, answer = conversation.messages
-        if any(message.role == "assistant" for message in question):
-            raise BadRow(f"the {name} template takes one question and one answer, and this row has more turns")
-        texts = asked(question) + [[Segment(marks.protect(answer.content) + end, which[-1])]]
-        return Rows([[[Segment(s.text, s.supervised or all(which)) for s in text] for text in texts]], split=False)
+        texts = asked(question, _everything(conversation.messages, which))
+        return Rows([[*texts, [Segment(marks.protect(answer.content) + end, which[-1])]]], split=False)
 
-    return Template(name, name, rows, asked)
+    return Template(name, name, rows, asked, alone=True)
 
 
 def _glm3_pair(marks: Marks) -> Template:
@@ -332,6 +338,11 @@ def _glm3_pair(marks: Marks) -> Template:
 def _yuan2(marks: Marks) -> Template:
     marks.need("yuan2", "<sep>", "<eod>")
     return _pair("yuan2", marks, begin="", between="<sep>", end="<eod>")
+
+
+def _stands_alone(what: str, messages: Sequence[Message]) -> None:
+    if any(message.role == "assistant" for message in messages):
+        raise BadRow(f"{what} takes one question and one answer, and has no place for earlier turns")
 
 
 def _alternating(name: str, messages: Sequence[Message]) -> None:
