@@ -105,7 +105,8 @@ class Encoder:
         self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end()})
         self._identity = {
             "tokenizer": hashlib.sha256(self._head.to_str().encode()).hexdigest(),
-            "bos": [self._bos, self.marks.bos],
+            "bos": self._bos,
+            "bos_text": self.marks.bos,
             "eos": self.marks.eos,
             "template": self.template.source,
             "today": today.isoformat() if "strftime_now" in self.template.source else None,
