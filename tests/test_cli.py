@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ import yaml
 
 from luthier import cli, verbs
 from luthier.errors import DataError, LuthierError, ModelError, RecipeError, RunError
+from luthier.folder import RunFolder, write_atomic
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -80,3 +85,42 @@ def test_usage_is_exit_2(call: Call) -> None:
     assert call("tune", "x")[0] == 2
     status, out, _ = call("--help")
     assert status == 0 and not [line for line in out.splitlines()[1:] if line.endswith("...")]  # no summary is cut off
+
+
+def test_options_of_the_line_itself(call: Call) -> None:
+    _, out, _ = call("--help")
+    assert "--debug" in out and "--version" in out
+    assert call("--version") == (0, f"luthier {version('luthier')}\n", "")
+
+
+def test_files_that_cannot_be_written_or_read_are_one_line(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("recipe", "new", "no/x.yaml") == (2, "", "error: no/x.yaml: No such file or directory\n")
+    with pytest.raises(FileNotFoundError):
+        call("--debug", "recipe", "new", "no/x.yaml")
+    (tmp_path / "file").write_text("")
+    for path, reason in [("no/x", "No such file or directory"), ("file/x", "Not a directory")]:
+        monkeypatch.setattr(verbs, "look", lambda *_, path=path, **__: write_atomic(Path(path), "x"))
+        assert call("look", "r.yaml") == (2, "", f"error: {path}: {reason}\n")  # the file, not the temporary one
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_standard_input_that_is_not_utf_8(call: Call, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("甄嬛\n".encode("gbk")), encoding="utf-8"))
+    monkeypatch.setattr(verbs, "generate", lambda *_, standard_input, **__: standard_input())
+    monkeypatch.setattr(verbs, "chat", lambda *_, read, **__: read())
+    assert call(verb, "model") == (2, "", "error: standard input: not UTF-8 (byte 0); send UTF-8\n")
+
+
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_quickstart_that_is_stopped_says_how_to_go_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, stop: int, status: int
+) -> None:
+    run = SimpleNamespace(
+        folder=RunFolder(Path.cwd() / "runs" / "quickstart"), outcome=SimpleNamespace(stopped=int(stop), steps=5)
+    )
+    monkeypatch.setattr(verbs, "quickstart", lambda *_, **__: run)
+    said = "stopped at step 5; go on with: luthier train runs/quickstart --resume\n"
+    assert call("quickstart") == (status, said, "")

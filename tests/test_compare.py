@@ -104,7 +104,7 @@ def compared(model: Any, data: Data | None, encoder: Encoder, prompts: list[Any]
 def test_held_out_rows_are_prompt_and_answer_without_the_template(tmp_path: Path) -> None:
     rows = [qa("Where, 鲸?", " In the old town. "), qa("“Quote”", "春天\n来了")]
     data, encoder = data_of(tmp_path, rows, system="Be brief.")
-    found = {q.origin: q for q in held_out(data.eval, encoder, tiny_tokenizer(), SHORT, 128)}
+    found = {q.origin: q for q in held_out(data.eval, encoder, tiny_tokenizer(), None, 128)[0]}
     assert {q.origin: (q.text, q.reference) for q in found.values()} == {
         "eval.jsonl:1": ("Where, 鲸?", "In the old town."),
         "eval.jsonl:2": ("“Quote”", "春天\n来了"),
@@ -118,7 +118,7 @@ def test_the_template_is_taken_off_with_real_tokenizers(tmp_path: Path, shared: 
     template = {"llama2": "llama2", "qwen2": "auto"}[name]
     rows = [qa("  “Two” things?", "春天来了，小鸟"), qa("0", "1"), qa("x y", " z")]
     data, encoder = data_of(tmp_path, rows, tokenizer, template=template)
-    found = held_out(data.eval, encoder, tokenizer, SHORT, 128)
+    found = held_out(data.eval, encoder, tokenizer, None, 128)[0]
     assert {(q.text, q.reference) for q in found} == {("“Two” things?", "春天来了，小鸟"), ("0", "1"), ("x y", "z")}
 
 
@@ -129,7 +129,7 @@ def test_a_conversation_asks_for_its_first_answer(tmp_path: Path) -> None:
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     section = DataSection(train=str(path), eval=str(path))
     encoder = Encoder(tiny_tokenizer(), section, date(2026, 3, 4))
-    [question] = held_out(prepare(section, encoder, silent).eval, encoder, tiny_tokenizer(), SHORT, 128)
+    [question] = held_out(prepare(section, encoder, silent).eval, encoder, tiny_tokenizer(), None, 128)[0]
     assert (question.text, question.reference) == ("system\nS\nuser\none?", "1")
     text = tiny_tokenizer().decode(question.ids)
     assert text == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
@@ -141,25 +141,35 @@ def test_a_pattern_with_an_answer_column_has_prompts(tmp_path: Path) -> None:
     path = str(tmp_path / "eval.jsonl")
     section = DataSection(train=path, eval=path, text="Q: {q}\nA: {a}", columns={"prompt": "q", "response": "a"})
     encoder = Encoder(tiny_tokenizer(), section, date(2026, 3, 4))
-    [question] = held_out(prepare(section, encoder, silent).eval, encoder, tiny_tokenizer(), SHORT, 128)
+    [question] = held_out(prepare(section, encoder, silent).eval, encoder, tiny_tokenizer(), None, 128)[0]
     assert (question.text, question.reference) == ("Where?", "Here.")
 
 
 def test_held_out_rows_are_drawn_once_each_and_up_to_the_bound(tmp_path: Path) -> None:
     rows = [qa(f"q{i % 20}", str(i)) for i in range(40)]
     data, encoder = data_of(tmp_path, rows)
-    texts = [q.text for q in held_out(data.eval, encoder, tiny_tokenizer(), SHORT, 128)]
+    texts = [q.text for q in held_out(data.eval, encoder, tiny_tokenizer(), None, 128)[0]]
     assert sorted(texts) == sorted({f"q{i}" for i in range(20)})
-    assert [q.text for q in held_out(data.eval, encoder, tiny_tokenizer(), SHORT, 5)] == texts[:5]
+    assert [q.text for q in held_out(data.eval, encoder, tiny_tokenizer(), None, 5)[0]] == texts[:5]
     long = len(encoder.prompt("q10", raw=False))
-    kept = held_out(data.eval, encoder, tiny_tokenizer(), GenerateSection(max_length=long), 128)
-    assert sorted(q.text for q in kept) == [f"q{i}" for i in range(10)]  # the longer ones leave no room to answer
+    kept, left_out = held_out(data.eval, encoder, tiny_tokenizer(), long, 128)
+    assert sorted(q.text for q in kept) == [f"q{i}" for i in range(10)]
+    assert left_out == 20  # the longer ones leave no room to answer
+
+
+@pytest.mark.parametrize(("max_length", "room"), [(None, 256), (1000, 256), (100, 100)])
+def test_rows_without_room_for_an_answer_are_left_out_and_said(
+    model: Any, tmp_path: Path, max_length: int | None, room: int
+) -> None:
+    frame = [qa("", "x"), qa("!" * 250, "x"), qa("!" * 251, "x")]
+    del frame[0]
+    data, encoder = data_of(tmp_path, [qa("short", "x"), *frame], max_length=1000)
 
 
 def test_where_all_is_taught_nothing_is_held_out(tmp_path: Path) -> None:
     data, encoder = data_of(tmp_path, [qa("a", "b")], supervise="all")
-    assert held_out(data.eval, encoder, tiny_tokenizer(), SHORT, 128) == []
-    assert held_out(None, encoder, tiny_tokenizer(), SHORT, 128) == []
+    assert held_out(data.eval, encoder, tiny_tokenizer(), None, 128)[0] == []
+    assert held_out(None, encoder, tiny_tokenizer(), None, 128)[0] == []
 
 
 def test_prompts_of_the_recipe(tmp_path: Path) -> None:

@@ -311,8 +311,9 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert path("here/model") == path("./here/model") == path("~/here/model") == tmp_path / "here" / "model"
     assert path(str(tmp_path / "here" / "model")) == tmp_path / "here" / "model"
-    for name in ("./none", "../none", str(tmp_path / "none"), "~/none", "a/b/c", "with blank", "ms:o/m"):
-        with pytest.raises(ModelError, match=r"no such folder; a model on a hub is hf:owner/name or modelscope:owner"):
+    names = ["./none", "../none", str(tmp_path / "none"), "~/none", "runs/none", "here/none"]
+    for name in [*names, "a/b/c", "with blank", "ms:o/m"]:
+        with pytest.raises(ModelError, match=r"there is no such run or folder; a model on a hub is hf:owner"):
             path(name)
     with pytest.raises(ModelError, match=r"model\.gguf: a file, where a model's folder is expected"):
         path("model.gguf")

@@ -361,6 +361,36 @@ def test_an_adapter_that_does_not_fit_is_refused(pair: tuple[Path, Path], tmp_pa
     refused(tmp_path / "nowhere", adapter, tmp_path / "x", "{base}: there is no such folder")
 
 
+def test_a_base_in_another_format_needs_one_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    tensors = load_file(base / "model.safetensors")
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    save_file(wide, base / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        base, adapter, tmp_path / "x", "{base} is stored in float64; merge.dtype must name one of fp32, bf16, fp16"
+    )
+    assert merge(base, adapter, tmp_path / "x", "fp32", say=lambda line: None).dtype == "fp32"
+
+
+def test_the_callers_files_are_in_the_folder_before_it_has_its_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+
+    def note(folder: Path) -> None:
+        assert not out.exists()
+        assert (folder / "luthier_merge.json").is_file()
+        (folder / "luthier.json").write_text("{}")
+
+    merge(*pair, out, say=lambda line: None, note=note)
+    assert (out / "luthier.json").read_text() == "{}"
+
+    def full(folder: Path) -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        merge(*pair, tmp_path / "other", say=lambda line: None, note=full)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
 def test_a_full_disk_is_seen_before_writing(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

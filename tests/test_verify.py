@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,37 @@ def test_mistakes_are_one_line(tmp_path: Path, rows: Path, capsys: pytest.Captur
     )
     assert (run.returncode, run.stderr) == (2, f"{tmp_path / 'adapter'} is not what was merged: it changed since\n")
     assert note(folder)["verified"] is None
+
+
+def test_a_whole_model_that_changed_since_is_told(
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = merged(tmp_path, tiny_llama(tmp_path / "base"), kind="full")
+    perturb(tmp_path / "adapter", "model.norm.weight", 1)
+    assert main([str(folder), str(rows)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'adapter'} is not what was merged: it changed since\n"
+
+
+@pytest.mark.parametrize("gone", ["base", "adapter"])
+def test_what_was_merged_is_gone(
+    tmp_path: Path, rows: Path, gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = merged(tmp_path, tiny_llama(tmp_path / "base"))
+    shutil.rmtree(tmp_path / gone)
+    assert main([str(folder), str(rows)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"{tmp_path / gone}: ") and told.count("\n") == 1, told
+    assert note(folder)["verified"] is None
+
+
+def test_a_comparison_that_dies_without_a_word(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that the system kills for its memory."""
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(RunError) as caught:
+        verify(tmp_path / "merged", rows, print)
+    assert str(caught.value) == f"{tmp_path / 'merged'}: the comparison died"

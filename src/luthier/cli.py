@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.errors import LuthierError, RecipeError
+
+if TYPE_CHECKING:
+    from luthier.run import Run
 
 app = typer.Typer(
     name="luthier",
@@ -44,6 +48,29 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(f"luthier {version('luthier')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback (anywhere in the line).")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """For the help alone: main takes --debug out of the line, --version has its callback."""
 
 
 def say(line: str) -> None:
@@ -86,9 +113,7 @@ def look(
     """
     from luthier import verbs
 
-    page = verbs.look(recipe, overrides or [], rows=rows, seed=seed, html=html, say=say)
-    say(f"page: {page}")
-    say(f"next: luthier train {recipe}")
+    verbs.look(recipe, overrides or [], rows=rows, seed=seed, html=html, say=say)
 
 
 @app.command()
@@ -104,11 +129,9 @@ def train(
     from luthier.run import train as train_run
 
     run = train_run(recipe, overrides or [], resume=resume, say=say)
+    _exit_if_stopped(run)
     outcome, folder = run.outcome, _relative(run.folder.path)
     assert outcome is not None
-    if outcome.stopped is not None:
-        say(f"stopped at step {outcome.steps}; go on with: luthier train {folder} --resume")
-        sys.exit(128 + outcome.stopped)
     say(f"{'model' if run.recipe.method.kind == 'full' else 'adapter'}: {outcome.saved}")
     say(f"next: luthier compare {folder} · luthier merge {folder} -o DIR · luthier chat {folder}")
 
@@ -152,7 +175,7 @@ def generate(
         "stop": stop or None,
         "seed": seed,
     }
-    said = None if sys.stdin.isatty() else sys.stdin.read
+    said = None if sys.stdin.isatty() else lambda: _utf8(sys.stdin.read)
     verbs.generate(
         target,
         adapter=adapter,
@@ -222,7 +245,7 @@ def quickstart() -> None:
     """
     from luthier import verbs
 
-    verbs.quickstart(Path.cwd(), say=say)
+    _exit_if_stopped(verbs.quickstart(Path.cwd(), say=say))
 
 
 @recipe_app.command("schema")
@@ -265,9 +288,24 @@ def _write(text: str) -> None:
 def _read_turn() -> str | None:
     """One line from the user; None at the end."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return _utf8(lambda: input("> " if sys.stdin.isatty() else ""))
     except EOFError:
         return None
+
+
+def _utf8(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"standard input: not UTF-8 (byte {error.start}); send UTF-8") from None
+
+
+def _exit_if_stopped(run: Run) -> None:
+    """A signal that ended the training ends the process, after the line that says how to go on."""
+    outcome = run.outcome
+    if outcome is not None and outcome.stopped is not None:
+        say(f"stopped at step {outcome.steps}; go on with: luthier train {_relative(run.folder.path)} --resume")
+        sys.exit(128 + outcome.stopped)
 
 
 def _relative(path: Path) -> Path:

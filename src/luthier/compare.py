@@ -20,7 +20,7 @@ from luthier.data.examples import Examples
 from luthier.data.prepare import Data
 from luthier.errors import DataError, RecipeError, RunError
 from luthier.generate import Reply, generate
-from luthier.run import Prompt, prompt_ids
+from luthier.loaded import Prompt, prompt_ids
 from luthier.sections import GenerateSection
 
 HELD_OUT = 128  # rows of the eval part that are answered
@@ -125,14 +125,18 @@ def compare(
     Errors: RecipeError where there is nothing to ask; RunError where the two models do not differ.
     """
     held = data.eval if data else None
-    questions = [*asked(prompts, encoder, section), *held_out(held, encoder, tokenizer, section, rows)]
-    if not questions:
-        raise RecipeError("nothing to compare: give generate.prompts, or data.eval with rows that have an answer")
-    say(f"compare: {len(prompts)} of the recipe's prompts, {len(questions) - len(prompts)} of the held-out rows")
-    probe = probe_rows(questions[: len(prompts)], (held or data.train) if data else None)
     with tuned as model:
+        room = room_of(model, section)
+        kept, left_out = held_out(held, encoder, tokenizer, room, rows)
+        questions = [*asked(prompts, encoder, section), *kept]
+        long = f"; {left_out} left out, whose prompt fills the {room} tokens for prompt and answer" if left_out else ""
+        if not questions:
+            known = "give generate.prompts, or data.eval with rows that have an answer"
+            raise RecipeError(f"nothing to compare: {known}{long}")
+        say(f"compare: {len(prompts)} of the recipe's prompts, {len(kept)} of the held-out rows{long}")
+        probe = probe_rows(questions[: len(prompts)], (held or data.train) if data else None)
+        tuned_replies = answers(model, tokenizer, questions, section, end_ids)  # first: it refuses too long a prompt
         tuned_logits = last_logits(model, probe)
-        tuned_replies = answers(model, tokenizer, questions, section, end_ids)
     with base as model:
         difference = largest_logit_difference(last_logits(model, probe), tuned_logits)
         base_replies = answers(model, tokenizer, questions, section, end_ids)
@@ -151,30 +155,39 @@ def asked(prompts: Sequence[Prompt], encoder: Encoder, section: GenerateSection)
     ]
 
 
+def room_of(model: Any, section: GenerateSection) -> int | None:
+    """Most tokens of prompt and answer together: the model's window or generate.max_length; None for any number."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min((limit for limit in (window, section.max_length) if limit is not None), default=None)
+
+
 def held_out(
-    rows: Examples | None, encoder: Encoder, tokenizer: Any, section: GenerateSection, most: int
-) -> list[Question]:
+    rows: Examples | None, encoder: Encoder, tokenizer: Any, room: int | None, most: int
+) -> tuple[list[Question], int]:
     """Up to `most` rows of the eval part, drawn by the data's seed, each prompt once: its ids up to the first answer.
 
-    None where the whole text is taught: there is no answer then. A prompt that fills generate.max_length is left out.
+    None where the whole text is taught: there is no answer then. A row whose prompt fills `room` is left out; behind
+    the questions, how many were.
     """
     if not rows or encoder.section.supervise == "all" or encoder.template.raw:
-        return []
+        return [], 0
     order = np.random.Generator(np.random.Philox(key=[encoder.section.seed, 4])).permutation(len(rows))
     frame = _frame(encoder, tokenizer)
     found: dict[tuple[int, ...], Question] = {}
+    left_out = 0
     for i in order.tolist():
         if len(found) == most:
             break
         ids, (start, stop) = rows[i].ids.tolist(), rows.spans(i)[0]
-        if section.max_length is not None and start >= section.max_length:
+        if room is not None and start >= room:
+            left_out += 1
             continue
         said, answer = _without(ids[:start], frame), ids[start:stop]
         question = Question(
             rows.origin(i), _decode(tokenizer, said).strip(), ids[:start], _decode(tokenizer, answer).strip()
         )
         found.setdefault(tuple(ids[:start]), question)
-    return list(found.values())
+    return list(found.values()), left_out
 
 
 def _said(prompt: Prompt) -> str:

@@ -11,6 +11,7 @@ runs/<name>/
   adapter/           the best by eval loss where there is an eval set, else the last (full fine-tuning: model/)
   samples.jsonl      replies to the recipe's prompts
   compare.md, compare.html
+  .lock              held by the process that trains here
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from luthier.errors import RecipeError, RunError
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part (temporary file, fsync, rename)."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # it names the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -90,6 +96,10 @@ class RunFolder:
         """Make runs/<name> below `root`, or <name>-2, -3 … where that is taken. Errors: RecipeError on a bad name."""
         if not re.fullmatch(r"[\w][\w.\- ]*", name):
             raise RecipeError(f"run: {name!r} cannot be a folder's name; use letters, digits, '-', '_' and '.'")
+        if (root / "runs").is_file():
+            raise RecipeError(
+                f"{root / 'runs'} is a file, where the folder of all runs belongs; move it, or train elsewhere"
+            )
         (root / "runs").mkdir(parents=True, exist_ok=True)
         for number in range(1, 10_000):
             path = root / "runs" / (name if number == 1 else f"{name}-{number}")
@@ -103,10 +113,24 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run. Errors: RunError-like RecipeError when there is no recipe.yaml in it."""
+        """An existing run. Errors: RecipeError when there is no recipe.yaml in it."""
         if not (path / "recipe.yaml").is_file():
             raise RecipeError(f"{path}: not a run folder (it has no recipe.yaml)")
         return cls(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """In the block no other process trains here. Errors: RunError at once where one does.
+
+        The lock file stays: to remove one that another process has just opened would let both in.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            status = json.loads(self.status.read_text("utf-8")) if self.status.is_file() else {}
+            who = f"another process (pid {status['pid']} by status.json)" if status else "another process"
+            raise RunError(f"{self.path} is being trained by {who}; wait for it, or end it") from None
 
     @property
     def name(self) -> str:

@@ -60,7 +60,7 @@ def generate(
     Errors: RecipeError for an empty prompt or max_length that leaves no room, ModelError for one beyond the window.
     """
     assert on_text is None or len(prompts) == 1, "only one prompt can be streamed"
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = _window(model)
     tasks = [_task(number, ids, section, window) for number, ids in enumerate(prompts)]
     ends = [*end_ids, *(tokenizer.convert_tokens_to_ids(text) for text in section.stop if _is_token(tokenizer, text))]
     replies: dict[int, Reply] = {}
@@ -72,6 +72,16 @@ def generate(
             if stream:
                 stream.finish(replies[0].text)
     return [replies[number] for number in range(len(prompts))]
+
+
+def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], section: GenerateSection) -> None:
+    """Errors: those of `generate` for a prompt without an answer, before any is drawn."""
+    for number, ids in enumerate(prompts):
+        _task(number, ids, section, _window(model))
+
+
+def _window(model: PreTrainedModel | PeftModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _task(number: int, ids: list[int], section: GenerateSection, window: int | None) -> _Task:

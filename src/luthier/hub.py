@@ -34,7 +34,8 @@ def model_path(name: str, revision: str | None, base: Path, say: Say) -> Path:
     """The local folder of a model, fetched where that is needed.
 
     `name`: hf:owner/name, modelscope:owner/name, or a folder relative to `base`; a bare owner/name that is no folder
-    is the hub's. Errors: ModelError for a folder that is not there, HubError for what cannot be fetched.
+    is the hub's, unless there is a folder `owner` here. Errors: ModelError for a folder that is not there, HubError
+    for what cannot be fetched.
     """
     source, repo = _parted(name)
     if not source:
@@ -43,8 +44,11 @@ def model_path(name: str, revision: str | None, base: Path, say: Say) -> Path:
             return folder
         if folder.exists():
             raise ModelError(f"{folder}: a file, where a model's folder is expected")
-        if name.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(name):
-            raise ModelError(f"{folder}: no such folder; a model on a hub is hf:owner/name or modelscope:owner/name")
+        is_path = name.startswith((".", "/", "~", "runs/")) or ("/" in name and folder.parent.is_dir())
+        if is_path or not _REPOSITORY.fullmatch(name):
+            raise ModelError(
+                f"{folder}: there is no such run or folder; a model on a hub is hf:owner/name or modelscope:owner/name"
+            )
     if not _REPOSITORY.fullmatch(repo):
         raise HubError(f"{name}: not a name on a hub, as in hf:owner/name")
     if source == "modelscope":

@@ -91,12 +91,14 @@ def merge(
     *,
     say: Say,
     ends: Sequence[int] = (),
+    note: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Write base + adapter as a model folder of its own, unverified yet.
 
     Each sum is computed in fp32 and rounded once to `dtype` (auto: as the base stores it). `adapter` may be a whole
     model, as full fine-tuning leaves it: then it is copied in `dtype`. `ends` are token ids that end an answer under
-    the run's template; they join the end tokens in generation_config.json.
+    the run's template; they join the end tokens in generation_config.json. `note` adds the
+    caller's own files to the folder before it gets its name, so that `out` is never there without them.
     Errors: ModelError when out is taken or part of the inputs, or the adapter cannot be merged into this base.
     """
     kind: Literal["lora", "full"] = "lora" if (adapter / CONFIG).is_file() else "full"
@@ -119,7 +121,7 @@ def merge(
         _write_weights(folder, weights, outputs, changes)
         _write_config(folder, config, DTYPES[chosen], untied)
         _write_rest(folder, base, root, adapter, ends, say)
-        note = {
+        record = {
             "kind": kind,
             "base": str(base.absolute()),
             "adapter": str(adapter.absolute()),
@@ -129,7 +131,9 @@ def merge(
             "verified": None,
             "figures": None,
         }
-        write_json(folder / MERGE_NOTE, note)
+        write_json(folder / MERGE_NOTE, record)
+        if note is not None:
+            note(folder)
     say(f"{out}: {len(changes)} of {len(outputs)} tensors changed, in {chosen}" + (", head untied" if untied else ""))
     return MergeReport(out, kind, chosen, len(outputs), len(changes), untied)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 import time
@@ -13,25 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.folder import write_atomic, write_json
+from luthier.folder import RunFolder, write_atomic, write_json
+from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_folder, write_note
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
-from luthier.run import (
-    Loaded,
-    Prompt,
-    Run,
-    Say,
-    load_data,
-    load_encoder,
-    load_folder,
-    load_run,
-    open_run,
-    read_recipe,
-    result_folder,
-    today_of,
-    train,
-    write_note,
-)
+from luthier.resume import read_recipe, today_of
+from luthier.run import Run, load_run, open_run, result_folder, train
 from luthier.sections import GenerateSection
 
 if TYPE_CHECKING:
@@ -50,7 +38,7 @@ def look(
 ) -> Path:
     """Show the data of a recipe (or a run folder) as the model sees it, on the screen and as a page; gives its path.
 
-    Errors: RecipeError, DataError, ModelError, HubError.
+    The last line says what to do next. Errors: RecipeError, DataError, ModelError, HubError.
     """
     quiet()
     from rich.console import Console
@@ -59,16 +47,22 @@ def look(
     from luthier.lookpage import look_html, show
 
     path = Path(recipe)
+    page = html or Path(f"{path.stem}-look.html")
+    if not page.parent.is_dir():
+        raise RecipeError(f"--html {page}: there is no folder {page.parent}")
     loaded = read_recipe(path, overrides)
-    _, _, encoder = load_encoder(loaded, say, today_of(None))
+    _, _, encoder = load_encoder(loaded, say, today_of(RunFolder.open(path) if path.is_dir() else None))
     shown = loaded.model_copy(update={"data": loaded.data.model_copy(update={"bad_rows": "skip"})})
     data = load_data(shown, encoder, say)
-    if data.report["bad"] and loaded.data.bad_rows == "error":
-        say(f"luthier train would stop: {data.report['bad']:,} bad rows; put them right, or set data.bad_rows: skip")
     facts = inspect(data, encoder, loaded.data, rows, seed)
     show(facts, Console())
-    page = html or Path(f"{path.stem}-look.html")
     write_atomic(page, look_html(facts))
+    say(f"page: {page}")
+    if (bad := data.report["bad"]) and loaded.data.bad_rows == "error":
+        rows_are = "1 bad row; put it right" if bad == 1 else f"{bad:,} bad rows; put them right"
+        say(f"luthier train would stop: {rows_are}, or set data.bad_rows: skip")
+    elif path.is_file():
+        say(f"next: {shlex.join(['luthier', 'train', str(recipe), *overrides])}")
     return page
 
 
@@ -156,9 +150,10 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     from luthier.sidebyside import compare_html, markdown, show
 
     tuned = load_run(run, say=say)
+    whole = run.recipe.method.kind == "full"
     comparison = ask(
         _base_side(run, tuned, say),
-        nullcontext(tuned.model),
+        _let_go(tuned.model) if whole else nullcontext(tuned.model),
         prompts=load_prompts(run.recipe.generate),
         data=load_data(run.recipe, tuned.encoder, say),
         encoder=tuned.encoder,
@@ -175,6 +170,13 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     write_atomic(page, compare_html(comparison))
     say(f"page: {page}")
     return comparison
+
+
+@contextmanager
+def _let_go(model: Any) -> Iterator[Any]:
+    """The model; behind the block its memory is free, whoever still holds it, so that the base has room."""
+    yield model
+    model.to("meta")
 
 
 @contextmanager

@@ -96,7 +96,11 @@ def _note(folder: Path) -> dict[str, Any]:
 
 
 def _compare(folder: Path, note: dict[str, Any], file: Path) -> dict[str, Any]:
-    """One model in memory at a time: the reference's logits, fp32 [positions, vocabulary], wait on disk."""
+    """One model in memory at a time: the reference's logits, fp32 [positions, vocabulary], wait on disk.
+
+    The device is `auto`'s, whatever the run's `train.devices` says: a merge needs none, the folder knows no recipe, and
+    both models run on the same one, so that the difference is the merge's on any.
+    """
     dtype, device = DTYPES[note["dtype"]], pick_device("auto")
     with np.load(file) as stored:
         cuts = np.cumsum(stored["lengths"])[:-1]

@@ -68,8 +68,8 @@ def test_a_run_leaves_what_the_design_says(trained: Path) -> None:
     run = trained / "runs" / "town"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl", "recipe.yaml", "rejected.jsonl",
-        "samples.jsonl", "status.json",
+        ".lock", "adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl", "recipe.yaml",
+        "rejected.jsonl", "samples.jsonl", "status.json",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(9))

@@ -222,6 +222,8 @@ def test_other_folders_are_told_apart(tmp_path: Path) -> None:
     refused(path, "{path}: its weights are quantised (gptq); take the model's unquantised weights")
     (path / "config.json").write_text("{")
     refused(path, "{path}/config.json: not JSON (")
+    (path / "config.json").write_text("[]")
+    refused(path, "{path}/config.json: not a JSON object")
     edit_path = tmp_path / "strange"
     edit_path.mkdir()
     edit(edit_path / "config.json", model_type="nonesuch")

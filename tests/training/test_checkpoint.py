@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from luthier.errors import RunError
@@ -223,6 +224,21 @@ def test_a_damaged_checkpoint_is_one_line(saved):
         fit(path, adapted(), ROWS, TrainSection(batch=4, steps=7), resume=folder)
     assert str(error.value).startswith(f"{folder}: damaged (")
     assert str(error.value).endswith("; delete it to resume from the checkpoint before it")
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_damaged(saved):
+    path, _ = saved
+    folder = latest(path / "checkpoints")
+    tensors = load_file(folder / "state.safetensors")
+    name = next(name for name in tensors if name.startswith("weight/"))
+    del tensors[name]
+    save_file(tensors, folder / "state.safetensors")
+    with pytest.raises(RunError) as error:
+        fit(path, adapted(), ROWS, TrainSection(batch=4, steps=7), resume=folder)
+    assert str(error.value) == (
+        f"{folder}: damaged (it lacks {name.removeprefix('weight/')}); "
+        "delete it to resume from the checkpoint before it"
+    )
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):

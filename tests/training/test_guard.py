@@ -14,21 +14,23 @@ from torch import nn
 
 from luthier.errors import RunError
 from luthier.training.guard import Movement, clear_when_full, fingerprint, not_finite, stoppable
+from luthier.training.optim import set_lr
 
 
-def movement(steps, dtype=torch.float32, unused=False, warming_up=False, lr=1e-3, size=2):
-    """Train `used` (and not `unused`) for some steps with the check on; what it says."""
+def movement(steps, dtype=torch.float32, unused=False, warmup=0, lr=1e-3, size=2, resumed=0):
+    """Train `used` (and not `unused`) up to step `steps` with the check on; what it says."""
     parameters = {"used": nn.Parameter(torch.ones(size, dtype=dtype))}
     if unused:
         parameters["unused"] = nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr)
     said = []
-    check = Movement(parameters, optimizer, said.append)
-    for _ in range(steps):
+    check = Movement(parameters, optimizer, resumed, warmup, said.append)
+    for step in range(resumed + 1, steps + 1):
+        set_lr(optimizer, lr * min(1, step / max(warmup, 1)))
         parameters["used"].sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        check.check(warming_up)
+        check.check(step)
     return said
 
 
@@ -39,7 +41,7 @@ def test_tensors_that_move_pass_in_silence():
 def test_a_tensor_that_no_gradient_reaches_stops_the_run_after_three_steps():
     assert movement(2, unused=True) == []
     with pytest.raises(RunError) as error:
-        movement(3, unused=True, warming_up=True)
+        movement(3, unused=True, warmup=1000)
     assert str(error.value) == (
         "after 3 steps 1 trainable tensor(s) have not moved; "
         "no gradient reaches unused: are they used in the forward pass?"
@@ -56,13 +58,40 @@ def test_steps_that_rounding_swallows_stop_the_run():
 
 
 def test_early_in_a_warm_up_they_are_expected_and_checked_again():
-    said = movement(19, dtype=torch.bfloat16, warming_up=True)
+    said = movement(19, dtype=torch.bfloat16, warmup=10)
     assert said == [
         "not moved after 3 steps, since the warm-up's first steps are lost in rounding: used; "
         "checked again after step 20"
     ]
     with pytest.raises(RunError, match="^after 20 steps 1 trainable tensor"):
-        movement(20, dtype=torch.bfloat16, warming_up=True)
+        movement(20, dtype=torch.bfloat16, warmup=10)
+
+
+def test_a_long_warm_up_has_until_its_end():
+    said = movement(99, warmup=100, lr=2.5e-8)  # at a weight of 1, fp32 rounds steps below 3e-8 away
+    assert said == [
+        "not moved after 3 steps, since the warm-up's first steps are lost in rounding: used; "
+        "checked again after step 100"
+    ]
+    with pytest.raises(RunError) as error:
+        movement(100, warmup=100, lr=2.5e-8)
+    assert str(error.value) == (
+        "after 100 steps 1 trainable tensor(s) have not moved; "
+        "the steps of used are lost in the rounding of float32: raise train.lr or use fp32"
+    )
+    assert len(movement(120, warmup=100, lr=1e-6)) == 1
+
+
+@pytest.mark.parametrize(("resumed", "warmup"), [(3, 0), (10, 10), (20, 0), (20, 1000), (297, 10)])
+def test_what_is_behind_a_resumed_run_is_not_checked_again(resumed, warmup):
+    assert movement(1001, resumed=resumed, warmup=warmup, lr=0) == []
+
+
+@pytest.mark.parametrize(("resumed", "warmup", "checked"), [(2, 0, 3), (2, 1000, 1000), (9, 10, 20), (19, 1000, 1000)])
+def test_what_is_ahead_of_a_resumed_run_is_checked(resumed, warmup, checked):
+    movement(checked - 1, resumed=resumed, warmup=warmup, lr=0)
+    with pytest.raises(RunError, match=f"^after {checked} steps 1 trainable tensor"):
+        movement(checked, resumed=resumed, warmup=warmup, lr=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -297,6 +297,32 @@ def test_a_run_too_short_for_that_check_says_so(tmp_path):
     assert said[0] == "not checked that every trainable tensor moves: that takes 3 steps"
 
 
+@pytest.mark.parametrize("behind", [27, 28])
+def test_the_last_rates_of_a_schedule_move_little_and_a_resumed_run_ends_well(tmp_path, behind):
+    section = TrainSection(batch=8, steps=30, lr=1e-6, warmup=0, save_every=1, keep="all")
+    expected = fit(tmp_path / "run", tiny("llama"), ROWS, section, kind="full")
+    resume, model, said = tmp_path / "run" / "checkpoints" / f"step-{behind:06d}", tiny("llama"), []
+    outcome = fit(tmp_path / "run", model, ROWS, section, kind="full", resume=resume, say=said.append)
+    assert outcome.losses == expected.losses
+    assert not [line for line in said if "moves" in line]  # it was checked at step 3
+
+
+def test_a_long_warm_up_at_a_low_rate_goes_on(tmp_path):
+    """At step 20 the rate is 2e-8, and the norms' weights of 1 lie 6e-8 apart."""
+    said = []
+    section = TrainSection(batch=8, steps=1000, lr=1e-6, warmup=1000)
+
+    def say(line):
+        said.append(line)
+        if line.startswith("step") and line.split()[1] == "25/1000":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert fit(tmp_path, tiny("llama"), ROWS, section, kind="full", say=say).steps == 25
+    [told] = [line for line in said if line.startswith("not moved")]
+    assert told.startswith("not moved after 3 steps, since the warm-up's first steps are lost in rounding: model.")
+    assert told.endswith("; checked again after step 1000")
+
+
 def test_bf16_arithmetic_over_fp32_weights_is_autocast(tmp_path):
     def run(precision):
         model = tiny("llama")

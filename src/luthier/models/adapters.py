@@ -107,7 +107,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 def fill_adapter(model: PeftModel, folder: Path) -> None:
     """Put an adapter folder's numbers into a model that has the same adapter attached.
 
-    Errors: ModelError naming the tensors that are missing, unknown or of another shape, or when all of B is zero.
+    Errors: ModelError naming the tensors that are missing, unknown or of another shape, and those of `read_adapter`.
     """
     tensors = read_adapter(folder)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -22,6 +22,7 @@ from luthier.training.checkpoint import latest
 CHECKED = 3
 """Steps after which every trainable tensor must have moved: LoRA's A moves from the second step on, when B is not 0."""
 CHECKED_AGAIN = 20
+"""Where rounding swallows the first steps of a warm-up: then, or at the end of a longer warm-up."""
 NAMED = 5
 """Rows or tensors that a message names at most."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,31 +33,37 @@ class Movement:
     """Every trainable tensor must leave its initial value: the adapter that trains without effect is found here.
 
     One exception: early in a warm-up a step may be smaller than the spacing of fp32 at a weight of 1 (6e-8), though
-    gradients do arrive. It is said, and checked again. (A key's bias without rotary positions, which softmax does not
-    see, is none: the rounding of its gradient moves it, measured with OPT.) The values are remembered as one number a
-    tensor, so that full fine-tuning costs no second copy of the model.
+    gradients do arrive. It is said, and checked again when the rate has been at its peak. (A key's bias without rotary
+    positions, which softmax does not see, is none: the rounding of its gradient moves it, measured with OPT.) The
+    values are remembered as one number a tensor, so that full fine-tuning costs no second copy of the model.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, say: Callable[[str], None]
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        warmup: int,
+        say: Callable[[str], None],
     ) -> None:
-        self.parameters, self.optimizer, self.say = parameters, optimizer, say
-        self.before = {name: fingerprint(parameter) for name, parameter in parameters.items()}
-        self.steps = 0
+        """A run that resumes at `step` is checked only for what is still due: a schedule's last rates move little."""
+        self.parameters, self.optimizer, self.warmup, self.say = parameters, optimizer, warmup, say
+        self.again = max(CHECKED_AGAIN, warmup)
+        due = step < max(CHECKED, min(warmup, CHECKED_AGAIN))
+        self.before = {name: fingerprint(parameter) for name, parameter in parameters.items()} if due else {}
 
-    def check(self, warming_up: bool) -> None:
-        """Call after each step. Errors: RunError naming the tensors that have not moved and should have."""
-        self.steps += 1
-        if self.steps not in (CHECKED, CHECKED_AGAIN):
+    def check(self, step: int) -> None:
+        """Call after each step, from 1. Errors: RunError naming the tensors that have not moved and should have."""
+        if step not in (CHECKED, self.again):
             return
         still = [name for name, value in self.before.items() if fingerprint(self.parameters[name]) == value]
-        expected = [name for name in still if warming_up and self.steps == CHECKED and self._has_gradient(name)]
+        expected = [name for name in still if step < self.warmup and self._has_gradient(name)]
         if len(still) > len(expected):
-            raise RunError(self._message([name for name in still if name not in expected]))
+            raise RunError(self._message(step, [name for name in still if name not in expected]))
         if expected:
             self.say(
-                f"not moved after {CHECKED} steps, since the warm-up's first steps are lost in rounding: "
-                f"{_some(expected)}; checked again after step {CHECKED_AGAIN}"
+                f"not moved after {step} steps, since the warm-up's first steps are lost in rounding: "
+                f"{_some(expected)}; checked again after step {self.again}"
             )
         self.before = {name: self.before[name] for name in expected}
 
@@ -64,14 +71,14 @@ class Movement:
         moment = self.optimizer.state[self.parameters[name]].get("exp_avg_sq")
         return moment is not None and bool(moment.any())
 
-    def _message(self, names: list[str]) -> str:
+    def _message(self, step: int, names: list[str]) -> str:
         lost = [name for name in names if self._has_gradient(name)]
         dead = [name for name in names if name not in lost]
         reasons = [f"no gradient reaches {_some(dead)}: are they used in the forward pass?"] if dead else []
         if lost:
             dtype = str(self.parameters[lost[0]].dtype).removeprefix("torch.")
             reasons += [f"the steps of {_some(lost)} are lost in the rounding of {dtype}: raise train.lr or use fp32"]
-        return f"after {self.steps} steps {len(names)} trainable tensor(s) have not moved; " + "; ".join(reasons)
+        return f"after {step} steps {len(names)} trainable tensor(s) have not moved; " + "; ".join(reasons)
 
 
 def fingerprint(tensor: torch.Tensor) -> int:

@@ -125,8 +125,8 @@ class Training:
             self.state = checkpoint.load(resume, self.parameters, self.optimizer, say)
         if section.tokens_per_pass != "auto":
             self.state.tokens_per_pass = section.tokens_per_pass
-        self.movement = Movement(self.parameters, self.optimizer, say)
-        if self.steps - self.state.step < CHECKED:
+        self.movement = Movement(self.parameters, self.optimizer, self.state.step, self.warmup, say)
+        if self.steps < CHECKED:
             say(f"not checked that every trainable tensor moves: that takes {CHECKED} steps")
         lines = monitor.begin(self.state.step, self.steps, order.steps_per_epoch)
         self.losses = [line["loss"] for line in lines if line["loss"] is not None]
@@ -173,7 +173,7 @@ class Training:
         facts = Facts(value, lr, size, tokens, supervised, len(rows), len(parts), time.monotonic() - began)
         self.losses.append(value)
         self.monitor.show_step(state.step, facts)
-        self.movement.check(warming_up=state.step < self.warmup)
+        self.movement.check(state.step)
         return facts
 
     def evaluate(self, examples: Examples) -> float:
