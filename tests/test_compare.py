@@ -161,9 +161,26 @@ def test_held_out_rows_are_drawn_once_each_and_up_to_the_bound(tmp_path: Path) -
 def test_rows_without_room_for_an_answer_are_left_out_and_said(
     model: Any, tmp_path: Path, max_length: int | None, room: int
 ) -> None:
-    frame = [qa("", "x"), qa("!" * 250, "x"), qa("!" * 251, "x")]
-    del frame[0]
-    data, encoder = data_of(tmp_path, [qa("short", "x"), *frame], max_length=1000)
+    section = GenerateSection(max_new_tokens=2, max_length=max_length)
+    frame = (
+        len(
+            tiny_tokenizer().apply_chat_template([{"role": "user", "content": "!"}], add_generation_prompt=True)[
+                "input_ids"
+            ]
+        )
+        - 1
+    )
+    data, encoder = data_of(
+        tmp_path, [qa("!" * (room - frame - 1), "x"), qa("!" * (room - frame), "x")], max_length=1000
+    )
+    said: list[str] = []
+    result = compared(move(model), data, encoder, ["Who?"], section=section, say=said.append)
+    assert [len(pair.question.ids) for pair in result.held_out] == [room - 1]
+    left_out = f"1 left out, whose prompt fills the {room} tokens for prompt and answer"
+    assert said == [f"compare: 1 of the recipe's prompts, 1 of the held-out rows; {left_out}"]
+    data, encoder = data_of(tmp_path, [qa("!" * room, "x")], max_length=1000)
+    with pytest.raises(RecipeError, match=f"^nothing to compare: .* that have an answer; {left_out}$"):
+        compared(model, data, encoder, [], section=section)
 
 
 def test_where_all_is_taught_nothing_is_held_out(tmp_path: Path) -> None:

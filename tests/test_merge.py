@@ -366,9 +366,7 @@ def test_a_base_in_another_format_needs_one_named(pair: tuple[Path, Path], tmp_p
     tensors = load_file(base / "model.safetensors")
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     save_file(wide, base / "model.safetensors", metadata={"format": "pt"})
-    refused(
-        base, adapter, tmp_path / "x", "{base} is stored in float64; merge.dtype must name one of fp32, bf16, fp16"
-    )
+    refused(base, adapter, tmp_path / "x", "{base} is stored in float64; merge.dtype must name one of fp32, bf16, fp16")
     assert merge(base, adapter, tmp_path / "x", "fp32", say=lambda line: None).dtype == "fp32"
 
 

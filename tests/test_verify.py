@@ -214,9 +214,7 @@ def test_a_whole_model_that_changed_since_is_told(
 
 
 @pytest.mark.parametrize("gone", ["base", "adapter"])
-def test_what_was_merged_is_gone(
-    tmp_path: Path, rows: Path, gone: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_merged_is_gone(tmp_path: Path, rows: Path, gone: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = merged(tmp_path, tiny_llama(tmp_path / "base"))
     shutil.rmtree(tmp_path / gone)
     assert main([str(folder), str(rows)]) == 2
@@ -225,9 +223,7 @@ def test_what_was_merged_is_gone(
     assert note(folder)["verified"] is None
 
 
-def test_a_comparison_that_dies_without_a_word(
-    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_that_dies_without_a_word(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that the system kills for its memory."""
     killed = tmp_path / "python"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")

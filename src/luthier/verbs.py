@@ -155,7 +155,7 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
         _base_side(run, tuned, say),
         _let_go(tuned.model) if whole else nullcontext(tuned.model),
         prompts=load_prompts(run.recipe.generate),
-        data=load_data(run.recipe, tuned.encoder, say),
+        data=load_data(run.recipe, tuned.encoder, _silent),
         encoder=tuned.encoder,
         tokenizer=tuned.tokenizer,
         section=run.recipe.generate,
@@ -201,9 +201,16 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
     from luthier.verify import POSITIONS, verify, write_rows
 
     path, _, encoder = load_encoder(run.recipe, say, today_of(run.folder))
-    data = load_data(run.recipe, encoder, say)
-    report = merge_folders(path, result_folder(run), out, run.recipe.merge.dtype, say=say, ends=encoder.end_ids)
-    write_note(out, encoder, run.recipe.data)
+    data = load_data(run.recipe, encoder, _silent)
+    report = merge_folders(
+        path,
+        result_folder(run),
+        out,
+        run.recipe.merge.dtype,
+        say=say,
+        ends=encoder.end_ids,
+        note=lambda folder: write_note(folder, encoder, run.recipe.data),
+    )
     parts = [part for part in (data.eval, data.train) if part is not None]
     examples = (part[i] for part in parts for i in range(len(part)))
     with tempfile.TemporaryDirectory() as scratch:
@@ -295,3 +302,7 @@ def _settings(settings: dict[str, Any], options: dict[str, Any]) -> GenerateSect
 
 def _said(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _silent(_: str) -> None:
+    """For the run's own data: what is to be said of it was said when it was trained on."""

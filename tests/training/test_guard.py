@@ -79,7 +79,7 @@ def test_a_long_warm_up_has_until_its_end():
         "after 100 steps 1 trainable tensor(s) have not moved; "
         "the steps of used are lost in the rounding of float32: raise train.lr or use fp32"
     )
-    assert len(movement(120, warmup=100, lr=1e-6)) == 1
+    assert len(movement(120, warmup=100, lr=5e-7)) == 1
 
 
 @pytest.mark.parametrize(("resumed", "warmup"), [(3, 0), (10, 10), (20, 0), (20, 1000), (297, 10)])

@@ -66,6 +66,18 @@ def test_lines_stack_as_columns(folder, monkeypatch):
     ]
 
 
+def test_the_first_step_tells_no_time_and_is_not_counted(folder, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    said = []
+    monitor = Monitor(folder, TrainSection(), said.append)
+    monitor.begin(0, 12, 12)
+    for step, took in ((1, 100.0), (2, 5.0), (12, 50.0)):
+        now[0] += took
+        monitor.show_step(step, FACTS)
+    assert [line.rpartition("left ")[2] for line in said] == ["–", "50 s", "0 s"]
+
+
 def test_log_every_also_shows_the_first_and_the_last(folder):
     said = []
     monitor = Monitor(folder, TrainSection(log_every=4), said.append)

@@ -42,14 +42,14 @@ class Monitor:
 
     def __init__(self, folder: RunFolder, section: TrainSection, say: Callable[[str], None]) -> None:
         self.folder, self.log_every, self.say = folder, section.log_every, say
-        self.first = self.step = self.steps = 0
+        self.first = self.since = self.step = self.steps = 0
         self.steps_per_epoch = 1
         self.began = self.beaten = 0.0
 
     def begin(self, step: int, steps: int, steps_per_epoch: int) -> list[dict[str, Any]]:
         """Start at `step` of `steps`; metrics.jsonl is cut back to it. Gives back the lines that it keeps."""
         self.first, self.step, self.steps, self.steps_per_epoch = step, step, steps, steps_per_epoch
-        self.began = time.monotonic()
+        self.since, self.began = step, time.monotonic()
         lines = [line for line in self._lines() if step > 0 and line["step"] <= step]
         write_atomic(self.folder.metrics, "".join(_json_line(line) for line in lines))
         self._status("running")
@@ -58,6 +58,8 @@ class Monitor:
     def show_step(self, step: int, facts: Facts) -> None:
         """The plain line of a step, every `log_every` steps; consecutive lines stack as columns."""
         self.step = step
+        if step == self.first + 1:  # it warms caches and kernels up, and would tell a time far too long
+            self.since, self.began = step, time.monotonic()
         if step in (self.first + 1, self.steps) or step % self.log_every == 0:
             self.say(
                 f"{self._head('step')}  loss {facts.loss:7.4f}  lr {facts.lr:.1e}  grad {facts.grad_norm:8.3g}"
@@ -129,7 +131,11 @@ class Monitor:
         return f"{kind}  {self.step:>{len(str(self.steps))}}/{self.steps}  epoch {epoch:{len(last)}.2f}"
 
     def _left(self) -> str:
-        pace = (time.monotonic() - self.began) / (self.step - self.first)
+        if self.step == self.steps:
+            return "0 s"
+        if self.step == self.since:
+            return "–"
+        pace = (time.monotonic() - self.began) / (self.step - self.since)
         return duration(pace * (self.steps - self.step))
 
 
