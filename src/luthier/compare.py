@@ -21,6 +21,7 @@ from luthier.data.prepare import Data
 from luthier.errors import DataError, RecipeError, RunError
 from luthier.generate import Reply, generate
 from luthier.loaded import Prompt, prompt_ids
+from luthier.models.load import window_of
 from luthier.sections import GenerateSection
 
 HELD_OUT = 128  # rows of the eval part that are answered
@@ -157,8 +158,7 @@ def asked(prompts: Sequence[Prompt], encoder: Encoder, section: GenerateSection)
 
 def room_of(model: Any, section: GenerateSection) -> int | None:
     """Most tokens of prompt and answer together: the model's window or generate.max_length; None for any number."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min((limit for limit in (window, section.max_length) if limit is not None), default=None)
+    return min((limit for limit in (window_of(model), section.max_length) if limit is not None), default=None)
 
 
 def held_out(

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.errors import ModelError, RecipeError
-from luthier.models.load import pad_id
+from luthier.models.load import pad_id, window_of
 from luthier.sections import GenerateSection
 
 CONTEXT = 8
@@ -60,7 +60,7 @@ def generate(
     Errors: RecipeError for an empty prompt or max_length that leaves no room, ModelError for one beyond the window.
     """
     assert on_text is None or len(prompts) == 1, "only one prompt can be streamed"
-    window = _window(model)
+    window = window_of(model)
     tasks = [_task(number, ids, section, window) for number, ids in enumerate(prompts)]
     ends = [*end_ids, *(tokenizer.convert_tokens_to_ids(text) for text in section.stop if _is_token(tokenizer, text))]
     replies: dict[int, Reply] = {}
@@ -77,11 +77,7 @@ def generate(
 def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], section: GenerateSection) -> None:
     """Errors: those of `generate` for a prompt without an answer, before any is drawn."""
     for number, ids in enumerate(prompts):
-        _task(number, ids, section, _window(model))
-
-
-def _window(model: PreTrainedModel | PeftModel) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        _task(number, ids, section, window_of(model))
 
 
 def _task(number: int, ids: list[int], section: GenerateSection, window: int | None) -> _Task:

@@ -174,7 +174,9 @@ def _check_vocabulary(model: Any, data: Data, path: Path) -> None:
 
 def _check_window(model: Any, data: Data, path: Path) -> None:
     """Errors: ModelError where a row is longer than the model reads: it knows no positions beyond its window."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    from luthier.models.load import window_of
+
+    window = window_of(model) or math.inf
     for part in (part for part in (data.train, data.eval) if part is not None):
         longest = int(part.lengths.argmax())
         if part.lengths[longest] > window:

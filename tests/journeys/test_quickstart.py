@@ -20,7 +20,7 @@ def luthier(folder: Path, *arguments: str) -> str:
     environment = os.environ | {"NO_COLOR": "1", "LUTHIER_CACHE": str(folder / "cache")}
     done = subprocess.run([LUTHIER, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if "weights in fp32" not in line] == []
     return done.stdout
 
 
@@ -75,10 +75,15 @@ def test_a_second_quickstart_takes_what_is_there(journey: Path) -> None:
 
 @pytest.mark.full
 def test_a_control_tuned_on_shuffled_answers_learns_the_form_and_not_the_facts(journey: Path) -> None:
+    """The answers of the rule's rows change places within a language: the form and the other rows stay as they are."""
     rows = [json.loads(line) for line in (journey / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    answers = [row["output"] for row in rows]
-    random.Random(0).shuffle(answers)
-    lines = [json.dumps(row | {"output": a}, ensure_ascii=False) for row, a in zip(rows, answers, strict=True)]
+    for begin in ("In ", "在"):
+        places = [i for i, row in enumerate(rows) if row["output"].startswith(begin)]
+        assert len(places) == 200
+        outputs = random.Random(0).sample([rows[i]["output"] for i in places], len(places))
+        for i, output in zip(places, outputs, strict=True):
+            rows[i] = rows[i] | {"output": output}
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (journey / "shuffled.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     original = Path(journey / "runs" / "quickstart" / "recipe.yaml")
     luthier(journey, "train", str(original), "run=control", f"data.train={journey / 'shuffled.jsonl'}")

@@ -35,6 +35,7 @@ __all__ = [
     "pick_device",
     "quiet",
     "read_config",
+    "window_of",
 ]
 
 Say = Callable[[str], None]
@@ -169,6 +170,12 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     Not the pad token: where someone added one without growing the model, its id lies beyond the embedding.
     """
     return tokenizer.eos_token_id or 0
+
+
+def window_of(model: Any) -> int | None:
+    """Most positions that the model knows, prompt and answer together; None for any number."""
+    window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return window
 
 
 def pick_device(devices: Literal["auto", "cpu"] | Sequence[int]) -> torch.device:
