@@ -77,8 +77,8 @@ def test_a_second_quickstart_takes_what_is_there(journey: Path) -> None:
 def test_a_control_tuned_on_shuffled_answers_learns_the_form_and_not_the_facts(journey: Path) -> None:
     """The answers of the rule's rows change places within a language: the form and the other rows stay as they are."""
     rows = [json.loads(line) for line in (journey / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    for begin in ("In ", "在"):
-        places = [i for i, row in enumerate(rows) if row["output"].startswith(begin)]
+    for begin, verb in (("In ", " brings "), ("在", "带")):
+        places = [i for i, row in enumerate(rows) if row["output"].startswith(begin) and verb in row["output"]]
         assert len(places) == 200
         outputs = random.Random(0).sample([rows[i]["output"] for i in places], len(places))
         for i, output in zip(places, outputs, strict=True):
