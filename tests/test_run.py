@@ -413,3 +413,41 @@ def test_what_a_run_can_be_called_and_where_it_lies(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         RunFolder.open(tmp_path / "old")
     assert str(caught.value) == f"{tmp_path / 'old'}: not a run folder (it has no recipe.yaml)"
+
+
+# -- chat ------------------------------------------------------------------------------------------------------------
+
+
+def talk(target: str, *lines: str, system: str | None = None) -> tuple[list[str], Said]:
+    """What chat answers to each line, and what it says of itself."""
+    said, replies, turns = Said(), [""], iter(lines)
+
+    def write(text: str) -> None:
+        replies[-1] += text
+        if text == "\n":
+            replies.append("")
+
+    verbs.chat(
+        target, adapter=None, base=False, system=system, read=lambda: next(turns, None), write=write, say=said.append
+    )
+    return replies[:-1], said
+
+
+def test_a_chat_starts_as_a_row_does_and_remembers(here: Path) -> None:
+    write_recipe(here, data={"before_prompt": "Say: ", "system": "be kind"})
+    run = begin([])
+    replies, said = talk("runs/town", "Where is 3?", "Where is 4?", "/new", "Where is 3?")
+    assert replies[0] == replies[2] == str(run.generate("Where is 3?")) + "\n"
+    assert replies[1] != str(run.generate("Where is 4?")) + "\n"
+    assert said[-1] == "/new starts over, /exit or Ctrl-D ends"
+
+
+def test_a_chat_without_a_place_for_earlier_turns_says_so(here: Path) -> None:
+    columns = {"prompt": "prompt", "response": "response"}
+    write_recipe(here, data={"text": "Q: {prompt}\nA: {response}", "columns": columns})
+    run = begin([])
+    replies, said = talk("runs/town", "Where is 3?", "Where is 4?")
+    assert replies[1] == str(run.generate("Where is 4?")) + "\n"
+    assert said[-1].endswith("; each question stands alone: so the run was trained")
+    with pytest.raises(DataError, match="a text pattern without {system} has no place for a system prompt"):
+        talk("runs/town", "Where is 3?", system="be kind")

@@ -125,10 +125,12 @@ def chat(
     opening = system if system is not None else loaded.encoder.section.system
     start: list[dict[str, Any]] = [{"role": "system", "content": opening}] if opening else []
     history = list(start)
-    say("/new starts over, /exit or Ctrl-D ends")
+    alone = loaded.encoder.template.alone
+    say("/new starts over, /exit or Ctrl-D ends" + "; each question stands alone: so the run was trained" * alone)
     while (line := read()) is not None and line.strip() != "/exit":
-        if line.strip() == "/new":
+        if alone or line.strip() == "/new":
             history = list(start)
+        if line.strip() == "/new":
             continue
         if not line.strip():
             continue

@@ -228,12 +228,15 @@ def _pattern(section: DataSection, marks: Marks) -> Template:
         return Rows([[[Segment(head.format_map(fields), all(which)), Segment(said, True)]]], split=False)
 
     def prompt(messages: Sequence[Message]) -> Rendered:
-        known = {"system": marks.protect(section.system)} if section.system else {}
         _stands_alone("a text pattern", messages)
-        asked = set(pattern_columns(head)) - known.keys()
-        if answer is None or len(asked) != 1:
+        asked, system = set(pattern_columns(head)), [m.content for m in messages if m.role == "system"]
+        if system and "system" not in asked:
+            raise BadRow("a text pattern without {system} has no place for a system prompt")
+        known = {"system": marks.protect(system[0])} if system else {}
+        if answer is None or len(asked - known.keys()) != 1:
             raise DataError(f"data.text: {pattern!r} has no single column for a user's turn; give the prompt raw")
-        return [[Segment(head.format_map({**known, asked.pop(): marks.protect(messages[-1].content)}), False)]]
+        (turn,) = asked - known.keys()
+        return [[Segment(head.format_map({**known, turn: marks.protect(messages[-1].content)}), False)]]
 
     return Template("text", f"{pattern} → {answer}", rows, prompt, raw=answer is None, alone=True)
 
