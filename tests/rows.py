@@ -11,15 +11,51 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.data.batches import order_of
 from luthier.folder import RunFolder
 from luthier.sections import TrainSection
-from luthier.training.loop import Outcome, train
+from luthier.training.distributed import World
+from luthier.training.loop import train
 from luthier.training.monitor import Monitor
+from luthier.training.outcome import Outcome
 
 VOCABULARY = 61
+SIZE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+ROTARY: dict[str, Any] = {
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,  # ten times the usual: what attention does, matters
+}
+OWN: dict[str, dict[str, Any]] = {
+    "gemma": {**ROTARY, "tie_word_embeddings": True},
+    "gemma2": {
+        **ROTARY,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 4,
+        "sliding_window": 8,  # in the first of the two layers
+        "attn_logit_softcapping": 2.0,  # Google's 50 and 30 would bend nothing in so small a model
+        "final_logit_softcapping": 3.0,
+    },
+    "glm": {
+        **ROTARY,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    "mistral": {**ROTARY, "sliding_window": 8},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+}
+"""What a family's configuration needs beside SIZE; llama, phi3, qwen2 and qwen3 need ROTARY."""
 
 
 class Row(NamedTuple):
@@ -54,27 +90,17 @@ def random_rows(count: int, seed: int = 0, shortest: int = 4, longest: int = 20)
 
 
 def tiny(family: str, *, tied: bool = False, dropout: float = 0.0) -> Any:
-    """A 2-layer model of random weights in fp32; the same at every call."""
-    size: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-    }
-    rotary = {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
+    """A 2-layer model of random weights in fp32; the same at every call. `dropout` is OPT's own; Gemmas are tied."""
+    config = {**SIZE, "tie_word_embeddings": tied, **OWN.get(family, ROTARY)}
+    if family == "opt":
+        config["dropout"] = dropout
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        if family == "llama":
-            return LlamaForCausalLM(LlamaConfig(**size, **rotary))
-        if family == "qwen2":
-            return Qwen2ForCausalLM(Qwen2Config(**size, **rotary))
-        opt = {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2, "dropout": dropout}
-        return OPTForCausalLM(OPTConfig(**size, **opt))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+        for parameter in model.parameters():
+            if not parameter.any():  # transformers starts biases (and Gemma's norms) at 0, which would hide mistakes
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def lora(model: Any, **config: Any) -> Any:
@@ -96,8 +122,11 @@ def fit(
     say: Callable[[str], None] = lambda line: None,
     resume: Path | None = None,
     write: Callable[[Path], None] | None = None,
+    world: World | None = None,
+    proof: bool = True,
 ) -> Outcome:
     """Train in the run folder `path`, in the order of data seed 7."""
+    world = world or World.alone(torch.device("cpu"))
     path.mkdir(exist_ok=True)
     folder = RunFolder(path)
     return train(
@@ -109,9 +138,11 @@ def fit(
         folder,
         pad_id=0,
         write=write or model.save_pretrained,
-        monitor=Monitor(folder, section, say),
+        monitor=Monitor(folder, section, say, writes=world.leads),
         say=say,
+        world=world,
         resume=resume,
+        proof=proof,
     )
 
 

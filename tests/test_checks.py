@@ -166,18 +166,15 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
         ("train", "warmup: -3", "train.warmup: must be a whole number ≥ 0 or a number ≥ 0 and < 1, is -3"),
         ("train", "betas: [0.9]", "train.betas: must be a list of 2 numbers ≥ 0 and < 1, is [0.9]"),
         ("train", "betas: [0.9, 1]", "train.betas[1]: must be a number ≥ 0 and < 1, is 1"),
-        ("train", "devices: [0, x]", "train.devices[1]: must be a whole number ≥ 0, is 'x'"),
-        ("train", "devices: []", "train.devices: must be auto, cpu or a list of whole numbers ≥ 0, is []"),
+        ("train", "devices: [0, x]", "train.devices[1]: must be cpu or a whole number ≥ 0, is 'x'"),
+        ("train", "devices: []", "train.devices: must be auto, cpu or a list of cpu or of whole numbers ≥ 0, is []"),
         (
             "train",
             "devices: cuda",
-            "train.devices: must be auto, cpu or a list of whole numbers ≥ 0, is 'cuda'; here that is auto",
+            "train.devices: must be auto, cpu or a list of cpu or of whole numbers ≥ 0, is 'cuda'; here that is auto",
         ),
-        (
-            "train",
-            "devices: [0, 1]",
-            "train.devices: more than one device is not in this version yet; name one, as in [0]",
-        ),
+        ("train", "devices: [cpu, 0]", "train.devices: [cpu, 0] mixes the CPU with GPUs; name one kind"),
+        ("train", "devices: [1, 1]", "train.devices: [1, 1] names a GPU twice; a GPU takes one process"),
         (
             "train",
             "precision: fp16",

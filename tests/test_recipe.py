@@ -271,6 +271,7 @@ train:
   clip: 1.0
   precision: auto
   activation_checkpointing: false
+  base_dropout: false
   tokens_per_pass: auto
   devices: auto
   log_every: 1

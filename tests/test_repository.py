@@ -39,7 +39,7 @@ ORDER = [
     {"sidebyside"},
     {"verbs"},
     {"cli"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 UPWARD = {"run.py imports luthier.verbs"}  # a Run's methods are the verbs: imported when one is called
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

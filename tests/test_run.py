@@ -74,10 +74,10 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> RunFolder:
     """A run that is killed in the step after `steps`."""
     step = Training.step
 
-    def dying(self: Training) -> Any:
+    def dying(self: Training, stop: int | None) -> Any:
         if self.state.step == steps:
             raise SystemExit
-        return step(self)
+        return step(self, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "step", dying)

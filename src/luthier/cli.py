@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.errors import LuthierError, RecipeError
+from luthier.training.launch import rank, speaks
 
 if TYPE_CHECKING:
     from luthier.run import Run
@@ -43,7 +44,8 @@ def main() -> None:
     except LuthierError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if speaks(error):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,8 +76,9 @@ def _options(
 
 
 def say(line: str) -> None:
-    """A line for the screen, at once."""
-    print(line, flush=True)
+    """A line for the screen, at once; of several processes (under torchrun) the first one's alone."""
+    if rank() == 0:
+        print(line, flush=True)
 
 
 def aside(line: str) -> None:
@@ -121,6 +124,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or with --resume a run folder.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Do not compare gradients with the reference before step 1.")
+    ] = False,
 ) -> None:
     """Train a recipe into a run folder.
 
@@ -128,7 +134,7 @@ def train(
     """
     from luthier.run import train as train_run
 
-    run = train_run(recipe, overrides or [], resume=resume, say=say)
+    run = train_run(recipe, overrides or [], resume=resume, proof=not no_proof, say=say)
     _exit_if_stopped(run)
     outcome, folder = run.outcome, _relative(run.folder.path)
     assert outcome is not None

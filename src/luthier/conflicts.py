@@ -121,8 +121,6 @@ def _train(recipe: Recipe) -> Iterator[Conflict]:
             ("train.warmup", "train.steps"),
             f"{train.warmup} steps are more than train.steps ({train.steps}): the peak rate would not be reached",
         )
-    if isinstance(train.devices, list) and len(train.devices) > 1:
-        yield Conflict(("train.devices",), "more than one device is not in this version yet; name one, as in [0]")
     if recipe.data.eval is None:
         for name in ("eval_every", "early_stop"):
             if getattr(train, name) not in ("epoch", None):

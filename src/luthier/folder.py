@@ -4,6 +4,7 @@ runs/<name>/
   recipe.yaml        the resolved recipe, every default filled in
   environment.json   versions, device, threads
   data.json          counts, drops, hashes
+  proof.json         the engine against the reference on a few of the run's own rows
   rejected.jsonl     rows that were skipped, with the reason
   metrics.jsonl      a line a step
   status.json        state and heartbeat
@@ -30,6 +31,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from luthier.errors import RecipeError, RunError
+
+TEMPORARY = r"\.(adapter|model|step-\d+|\w+\.(json|jsonl|yaml|md|html))\.(old|[a-z0-9_]{8})"
+"""What write_atomic and folder_atomic call a thing in a run folder while it is being written, or on its way out."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -70,6 +74,7 @@ def folder_atomic(target: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors makes its files for their owner alone
                 _flush(file)
         if target.exists():
             old = target.with_name(f".{target.name}.old")
@@ -122,15 +127,27 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """In the block no other process trains here. Errors: RunError at once where one does.
 
+        What a killed process left half written is removed: nobody else writes here now.
         The lock file stays: to remove one that another process has just opened would let both in.
         """
         try:
             with FileLock(self.path / ".lock", timeout=0):
+                self._clear()
                 yield
         except Timeout:
             status = json.loads(self.status.read_text("utf-8")) if self.status.is_file() else {}
             who = f"another process (pid {status['pid']} by status.json)" if status else "another process"
             raise RunError(f"{self.path} is being trained by {who}; wait for it, or end it") from None
+
+    def _clear(self) -> None:
+        """Remove what a killed process left half written; an adapter that it had only moved aside comes back."""
+        for place in (self.adapter, self.model):
+            aside = place.with_name(f".{place.name}.old")
+            if aside.is_dir() and not place.exists():
+                aside.replace(place)
+        for path in [*self.path.glob(".*.*"), *self.checkpoints.glob(".*.*")]:
+            if re.fullmatch(TEMPORARY, path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @property
     def name(self) -> str:
@@ -160,6 +177,10 @@ class RunFolder:
     @property
     def status(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def proof(self) -> Path:
+        return self.path / "proof.json"
 
     @property
     def data(self) -> Path:

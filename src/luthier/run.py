@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from luthier.quiet import quiet
 from luthier.recipe import load_prompts, load_recipe, run_name, save_recipe
 from luthier.resume import check_same_data, resume_from, today_of, wanted
 from luthier.sections import Recipe, TrainSection
+from luthier.training.launch import launch, launched
 
 if TYPE_CHECKING:
     from luthier.compare import Comparison
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from luthier.data.encode import Encoder
     from luthier.data.prepare import Data
     from luthier.merge import MergeReport
-    from luthier.training.loop import Outcome
+    from luthier.training.distributed import World
+    from luthier.training.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -63,25 +66,45 @@ def open_run(path: str | Path) -> Run:
     return Run(folder, load_recipe(folder.recipe, check_files=False))
 
 
-def train(recipe: str | Path, overrides: Sequence[str] = (), *, resume: bool = False, say: Say = print) -> Run:
+def train(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    proof: bool = True,
+    say: Say = print,
+) -> Run:
     """Carry a recipe to a trained adapter; with `resume`, a run folder (or the recipe of one) to its end.
 
-    Errors: RecipeError, DataError, ModelError and HubError before anything is written; RunError while it trains, or
-    where another process trains that run.
+    Where `train.devices` names several, it runs in a process for each; without `proof` the engine is not held against
+    the reference before step 1. Errors: RecipeError, DataError, ModelError and HubError before anything is written;
+    RunError while it trains, or where another process trains that run.
     """
-    quiet()
     chosen, begun = wanted(Path(recipe), overrides, resume)
-    with ExitStack() as held:
-        if begun is not None:
+    devices = chosen.train.devices
+    if isinstance(devices, list) and len(devices) > 1 and not launched():
+        return launch(partial(train, resume=resume, proof=proof), (recipe, overrides), len(devices), say)
+
+    from luthier.training.distributed import join
+
+    quiet()
+    with join(devices) as world, ExitStack() as held:
+        say = say if world.leads else lambda _: None
+        if begun is not None and world.leads:
             held.enter_context(begun.locked())
-        bench = _workbench(chosen, begun, say)
-        folder = begun or RunFolder.create(run_name(chosen, Path(recipe)), Path.cwd())
-        if begun is None:
-            held.enter_context(folder.locked())
-        _record(folder, bench)
+        bench = _workbench(chosen, begun, world, say)
+        folder = begun
+        if folder is None:
+            folder = world.share(RunFolder.create(run_name(chosen, Path(recipe)), Path.cwd()) if world.leads else None)
+            assert folder is not None
+            if world.leads:
+                held.enter_context(folder.locked())
+        if world.leads:
+            _record(folder, bench)
         say(f"run: {folder.path}")
-        run = Run(folder, chosen, _trained(folder, bench, resume_from(folder, say) if begun else None, say))
-        if run.outcome is not None and run.outcome.stopped is None:
+        checkpoint = resume_from(folder, say) if begun else None
+        run = Run(folder, chosen, _trained(folder, bench, world, checkpoint, proof, say))
+        if world.leads and run.outcome is not None and run.outcome.stopped is None:
             _write_samples(run, bench, say)
     return run
 
@@ -131,15 +154,14 @@ class Workbench:
     prompts: list[Prompt]
 
 
-def _workbench(recipe: Recipe, begun: RunFolder | None, say: Say) -> Workbench:
+def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -> Workbench:
     from luthier.data.batches import order_of
     from luthier.generate import check_prompts
     from luthier.models.adapters import attach
-    from luthier.models.load import footprint, load_model, pick_device
-    from luthier.training.loop import needs_autocast
+    from luthier.models.load import footprint, idle_gpus, load_model
     from luthier.training.optim import peak_lr
+    from luthier.training.start import needs_autocast
 
-    device = pick_device(recipe.train.devices)
     rate = peak_lr(recipe.train, recipe.method.kind)
     path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
     prompts = list[Prompt](load_prompts(recipe.generate))
@@ -148,8 +170,10 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, say: Say) -> Workbench:
     if begun is not None:
         check_same_data(begun, data.report)
     order = order_of(data.train_sources, recipe.data.seed, recipe.train.batch)
-    model = load_model(path, recipe.model, device, say=say)
-    say(f"model: {footprint(model)} on {device}")
+    if idle := idle_gpus(recipe.train.devices):
+        say(idle)
+    model = load_model(path, recipe.model, world.device, say=say)
+    say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
     _check_vocabulary(model, data, path)
     _check_window(model, data, path)
     check_prompts(model, ids, recipe.generate)
@@ -204,7 +228,9 @@ def _say_rate(recipe: Recipe, rate: float, say: Say) -> None:
 # -- training, and what is left of it --------------------------------------------------------------------------------
 
 
-def _trained(folder: RunFolder, bench: Workbench, checkpoint: Path | None, say: Say) -> Outcome:
+def _trained(
+    folder: RunFolder, bench: Workbench, world: World, checkpoint: Path | None, proof: bool, say: Say
+) -> Outcome:
     from luthier.models.load import pad_id
     from luthier.training.loop import train as train_loop
     from luthier.training.monitor import Monitor
@@ -218,9 +244,11 @@ def _trained(folder: RunFolder, bench: Workbench, checkpoint: Path | None, say: 
         folder,
         pad_id=pad_id(bench.tokenizer),
         write=lambda target: _write_result(target, bench),
-        monitor=Monitor(folder, bench.section, say),
+        monitor=Monitor(folder, bench.section, say, writes=world.leads),
         say=say,
+        world=world,
         resume=checkpoint,
+        proof=proof,
     )
 
 

@@ -17,6 +17,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
+Device = Literal["cpu"] | Annotated[int, Field(ge=0)]
+Devices = Literal["auto", "cpu"] | Annotated[list[Device], Field(min_length=1)]
 JinjaFile = Annotated[str, Field(pattern=r"\.(jinja|j2)$", description="a .jinja file")]
 
 
@@ -187,10 +189,13 @@ class TrainSection(Section):
     """Number format of the arithmetic; auto follows the weights' format."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, same numbers."""
+    base_dropout: bool = False
+    """The base model's own dropout while training (OPT ships 0.1). Drawn in sequence, so exactness no longer holds."""
     tokens_per_pass: PositiveInt | Literal["auto"] = "auto"
     """Tokens that go through the model at once. Memory only; never changes the result."""
-    devices: Literal["auto", "cpu"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "auto"
-    """auto: the GPU where there is one; cpu; or a GPU's index, as [0]."""
+    devices: Devices = "auto"
+    """auto: the first GPU where there is one; cpu; or a process each for the devices of a list, as [0, 1] (GPUs by
+    number) or [cpu, cpu]. How many there are never changes the result."""
     log_every: PositiveInt = 1
     """Steps between lines on the screen (metrics.jsonl has every step)."""
     eval_every: PositiveInt | Literal["epoch"] = "epoch"
@@ -203,6 +208,16 @@ class TrainSection(Section):
     """Stop after this many evaluations in a row without a better loss."""
     seed: Seed = 42
     """Seed of initialisation and dropout."""
+
+    @field_validator("devices")
+    @classmethod
+    def _devices_are_alike_and_apart(cls, value: Devices) -> Devices:
+        gpus = [device for device in value if isinstance(device, int)]
+        if gpus and len(gpus) < len(value):
+            raise ValueError("mixes the CPU with GPUs; name one kind")
+        if len(set(gpus)) < len(gpus):
+            raise ValueError("names a GPU twice; a GPU takes one process")
+        return value
 
 
 class GenerateSection(Section):

@@ -21,6 +21,7 @@ from luthier.models.load import (
     end_ids,
     footprint,
     generation_settings,
+    idle_gpus,
     load_model,
     load_tokenizer,
     pad_id,
@@ -110,13 +111,32 @@ def test_the_stored_format_is_read_from_the_file_not_from_the_config(tmp_path: P
 
 
 def test_devices() -> None:
-    assert pick_device("cpu") == CPU
-    with pytest.raises(RecipeError, match=r"^train.devices: \[0, 1\]: name one GPU, as \[0\]; training on several is"):
-        pick_device([0, 1])
+    assert pick_device("cpu") == pick_device(["cpu"]) == pick_device(["cpu", "cpu"], rank=1) == CPU
     if not torch.cuda.is_available():
         assert pick_device("auto") == CPU
         with pytest.raises(RecipeError, match=r"^train.devices: \[0\]: there are 0 GPUs here, counted from 0$"):
             pick_device([0])
+
+
+def test_each_process_has_its_device_and_what_comes_after_has_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    assert [pick_device([2, 0], rank) for rank in range(2)] == [torch.device("cuda", 2), torch.device("cuda", 0)]
+    for rank in range(2):  # each says it, not only the one whose device it is
+        with pytest.raises(RecipeError, match=r"^train.devices: \[0, 3\]: there are 3 GPUs here, counted from 0$"):
+            pick_device([0, 3], rank)
+
+
+def test_gpus_that_auto_leaves_alone_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert idle_gpus("auto") == "2 GPUs are here, the first is used; train.devices: [0, 1] uses both"
+    assert idle_gpus([0]) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert idle_gpus("auto") == "3 GPUs are here, the first is used; train.devices: [0, 1, 2] uses all"
+    for count in (0, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert idle_gpus("auto") is None
 
 
 def test_footprint_counts_tied_weights_once(tmp_path: Path) -> None:

@@ -151,7 +151,13 @@ def test_every_generator_comes_back(tmp_path):
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = make_optimizer(parameters, TrainSection())
     disturb()
-    folder = checkpoint.save(tmp_path, model.save_pretrained, parameters, optimizer, TrainState(64, step=1), 3)
+    mine = checkpoint.generators(torch.device("cpu"))
+    torch.manual_seed(77)
+    other = checkpoint.generators(torch.device("cpu"))  # of another process
+    elsewhere = torch.rand(2).tolist()
+    torch.set_rng_state(mine.torch["cpu"])
+    state = TrainState(64, step=1)
+    folder = checkpoint.save(tmp_path, model.save_pretrained, parameters, optimizer, state, 3, [mine, other])
 
     def draw():
         return (
@@ -164,8 +170,13 @@ def test_every_generator_comes_back(tmp_path):
 
     expected = draw()
     assert draw() != expected
-    assert checkpoint.load(folder, parameters, optimizer, print) == TrainState(64, step=1)
-    assert draw() == expected
+    said = []
+    assert checkpoint.load(folder, parameters, optimizer, said.append, rank=0, processes=2) == TrainState(64, step=1)
+    assert draw() == expected and said == []
+    checkpoint.load(folder, parameters, optimizer, said.append, rank=1, processes=2)
+    assert torch.rand(2).tolist() == elsewhere and said == []
+    checkpoint.load(folder, parameters, optimizer, said.append)
+    assert said == ["resume: processes 2 → 1: the numbers will be equal only to rounding"]
 
 
 def test_another_torch_or_thread_count_is_said(saved):
@@ -176,6 +187,7 @@ def test_another_torch_or_thread_count_is_said(saved):
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "device": "cpu",
+        "processes": "1",
     }
     record["environment"] |= {"torch": "2.0.1", "threads": "64"}
     state.write_text(json.dumps(record))
@@ -188,11 +200,12 @@ def test_another_torch_or_thread_count_is_said(saved):
 
 
 def test_the_decided_pass_size_is_taken_over_and_the_recipe_wins(saved, tmp_path):
+    """Sabotage that it catches: tokens_per_pass not restored, but measured anew."""
     path, _ = saved
     state = latest(path / "checkpoints") / "state.json"
     record = json.loads(state.read_text())
     assert record["state"]["tokens_per_pass"] == 4096
-    record["state"]["tokens_per_pass"] = 40
+    record["state"]["tokens_per_pass"] = 20  # as if there had been little memory when the run began
     state.write_text(json.dumps(record))
     shutil.copytree(path, tmp_path / "copy")
     copy = tmp_path / "copy"

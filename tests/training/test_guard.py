@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from luthier.errors import RunError
+from luthier.training import guard
 from luthier.training.guard import Movement, clear_when_full, fingerprint, not_finite, stoppable
 from luthier.training.optim import set_lr
 
@@ -133,42 +135,72 @@ def test_no_row_alone(tmp_path):
     ],
 )
 def test_a_full_disk_is_one_line(tmp_path, error):
-    with pytest.raises(RunError) as caught, clear_when_full(tmp_path / "checkpoints", 64):
+    with pytest.raises(RunError) as caught, clear_when_full(tmp_path / "checkpoints"):
         raise error
     assert str(caught.value) == (
         f"{tmp_path}: no room left on the disk; last good checkpoint: none yet; free some space and resume"
     )
 
 
-def test_a_full_device_is_one_line(tmp_path):
-    with pytest.raises(RunError) as caught, clear_when_full(tmp_path, 16_384):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_device_is_one_line(tmp_path, error):
+    with pytest.raises(RunError) as caught, clear_when_full(tmp_path):
+        raise error
     assert str(caught.value) == (
-        "out of memory on the device with 16,384 tokens in a pass; lower train.tokens_per_pass or set "
-        "train.activation_checkpointing: true (neither changes the result)"
+        "out of memory on the device; lower train.tokens_per_pass or set train.activation_checkpointing: true "
+        "(neither changes the result), or lower data.max_length"
     )
 
 
 def test_other_errors_pass_through(tmp_path):
-    with pytest.raises(PermissionError), clear_when_full(tmp_path, 64):
+    with pytest.raises(RuntimeError, match="^shapes$"), clear_when_full(tmp_path):
+        raise RuntimeError("shapes")
+    with pytest.raises(PermissionError), clear_when_full(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
+@pytest.fixture
+def acted():
+    """What the handlers of before were called with."""
+    seen = []
+    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_acts(number):
-    acted = []
-    before = signal.signal(number, lambda *_: acted.append("acted"))
+def test_the_first_signal_asks_and_the_second_acts(monkeypatch, acted, number):
+    monkeypatch.setattr(guard, "ECHO", 0.2)
     mine = signal.getsignal(number)
-    try:
-        with stoppable() as stop:
-            assert stop.signal is None
-            os.kill(os.getpid(), number)
-            assert stop.signal == number and acted == []
-            os.kill(os.getpid(), number)
-            assert acted == ["acted"]
-        assert signal.getsignal(number) is mine
-    finally:
-        signal.signal(number, before)
+    with stoppable() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), number)
+        assert stop.signal == number and acted == []
+        os.kill(os.getpid(), number)  # `timeout` signals its child, and then its child's group
+        assert stop.signal == number and acted == []
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+        assert acted == [number]
+    assert signal.getsignal(number) is mine
+
+
+def test_a_launched_process_always_finishes_its_step(monkeypatch, acted):
+    """systemd and Slurm signal every process, and the launcher then passes its own signal on."""
+    monkeypatch.setattr(guard, "ECHO", -1.0)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with stoppable() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal == signal.SIGTERM and acted == []
 
 
 def test_another_thread_runs_without_signals():

@@ -183,7 +183,7 @@ def test_early_stop(tmp_path):
 
 
 def test_evaluations_without_a_better_loss_count_in_a_row(tmp_path):
-    run = SimpleNamespace(state=TrainState(64, step=1), best=tmp_path / "best", write=lambda folder: None)
+    run = SimpleNamespace(state=TrainState(64, step=1), write_best=lambda: None)
     counts = []
     for loss in (3.0, 3.1, 2.9, 2.9, 3.5):
         Training.compare(run, loss)

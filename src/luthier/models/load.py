@@ -6,7 +6,7 @@ The only door to transformers' `from_pretrained`: no vendor code runs unasked, n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from luthier.errors import ModelError, RecipeError
+from luthier.errors import ModelError
+from luthier.models.device import idle_gpus, pick_device
 from luthier.models.weights import DTYPES, name_of, open_weights
 from luthier.quiet import quiet
 from luthier.sections import ModelSection
@@ -29,6 +30,7 @@ __all__ = [
     "footprint",
     "from_folder",
     "generation_settings",
+    "idle_gpus",
     "load_model",
     "load_tokenizer",
     "pad_id",
@@ -90,7 +92,6 @@ def from_folder(
             path.absolute(),
             dtype=dtype,
             device_map={"": device},  # straight to the device, never "auto": that may offload
-            attn_implementation="sdpa",
             generation_config=generation_settings(path)[0],
             local_files_only=True,
             trust_remote_code=vendor_code,
@@ -176,18 +177,6 @@ def window_of(model: Any) -> int | None:
     """Most positions that the model knows, prompt and answer together; None for any number."""
     window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return window
-
-
-def pick_device(devices: Literal["auto", "cpu"] | Sequence[int]) -> torch.device:
-    """The device of `train.devices`. Errors: RecipeError when it is not there, or more than one is asked for."""
-    if devices == "cpu" or (devices == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    indices = [0] if devices == "auto" else list(devices)
-    if len(indices) != 1:
-        raise RecipeError(f"train.devices: {indices}: name one GPU, as [0]; training on several is not there yet")
-    if not 0 <= indices[0] < torch.cuda.device_count():
-        raise RecipeError(f"train.devices: {indices}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
-    return torch.device("cuda", indices[0])
 
 
 def footprint(model: torch.nn.Module) -> str:

@@ -14,10 +14,10 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from luthier.engine.forward import Route
 from luthier.errors import RunError
 from luthier.folder import folder_atomic, write_json
 
@@ -37,12 +38,30 @@ class TrainState:
     """Where a run stands, beside its tensors and generators. The order of the data needs nothing but the step."""
 
     tokens_per_pass: int  # decided once: other cuts after a resume would round otherwise
+    route: Route = "engine"  # decided once, by the proof
     step: int = 0  # optimizer steps taken
     best_step: int | None = None
     best_eval: float | None = None
     not_better: int = 0  # evaluations in a row without a better loss
     tokens: int = 0
     seconds: float = 0.0
+
+
+class Generators(NamedTuple):
+    """The state of every random generator of a process, as JSON and tensors can hold it."""
+
+    python: Any
+    numpy: list[Any]
+    torch: dict[str, Tensor]
+
+
+def generators(device: torch.device) -> Generators:
+    """Those of this process."""
+    name, words, *rest = np.random.get_state()
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return Generators(random.getstate(), [name, np.asarray(words).tolist(), *rest], states)
 
 
 def save(
@@ -52,22 +71,24 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     keep: int | Literal["all"],
+    generators: Sequence[Generators],
 ) -> Path:
     """Write checkpoints/step-N atomically, then remove all but the newest `keep`.
 
-    `write` puts the adapter (or whole model) into the folder that it is given; `parameters` are the trainable ones.
+    `write` puts the adapter (or whole model) into the folder that it is given; `parameters` are the trainable ones;
+    `generators` those of each process.
     """
     target = checkpoints / f"step-{state.step:06d}"
     device = next(iter(parameters.values())).device
     with folder_atomic(target) as folder:
         write(folder)
         weights = {} if _model_files(folder) else parameters
-        save_file(_tensors(weights, parameters, optimizer, device), folder / TENSORS)
+        save_file(_tensors(weights, parameters, optimizer, generators), folder / TENSORS)
         record = {
             "state": asdict(state),
             "trainable": list(parameters),
-            "generators": {"python": random.getstate(), "numpy": _numpy_state()},
-            "environment": _environment(device),
+            "generators": [{"python": each.python, "numpy": each.numpy} for each in generators],
+            "environment": _environment(device, len(generators)),
         }
         write_json(folder / STATE, record)
     _prune(checkpoints, keep)
@@ -85,8 +106,12 @@ def load(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None],
+    rank: int = 0,
+    processes: int = 1,
 ) -> TrainState:
     """Put a checkpoint into the trainable parameters, the optimizer and every generator; give back its TrainState.
+
+    This is the process `rank` of `processes`; one that the checkpoint does not know takes the first one's generators.
 
     Errors: RunError where the folder is damaged or was written for other trainable tensors.
     """
@@ -99,8 +124,9 @@ def load(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(f"{folder}: damaged ({error}); delete it to resume from the checkpoint before it") from error
     _load_optimizer(tensors, parameters, optimizer)
-    _load_generators(record["generators"], tensors, device)
-    here, there = _environment(device), record["environment"]
+    known = rank if rank < len(record["generators"]) else 0
+    _load_generators(record["generators"][known], tensors, known, device)
+    here, there = _environment(device, processes), record["environment"]
     changed = [f"{key} {there[key]} → {here[key]}" for key in here if here[key] != there[key]]
     if changed:
         say(f"resume: {', '.join(changed)}: the numbers will be equal only to rounding")
@@ -111,15 +137,14 @@ def _tensors(
     weights: dict[str, nn.Parameter],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    generators: Sequence[Generators],
 ) -> dict[str, Tensor]:
     tensors = {f"weight/{name}": parameter.detach().contiguous() for name, parameter in weights.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.contiguous()
-    tensors["rng/torch"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(device)
+    for rank, each in enumerate(generators):
+        tensors |= {f"rng/{rank}/{kind}": value for kind, value in each.torch.items()}
     return tensors
 
 
@@ -156,24 +181,20 @@ def _load_optimizer(
             optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
-def _load_generators(record: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+def _load_generators(record: dict[str, Any], tensors: dict[str, Tensor], rank: int, device: torch.device) -> None:
     version, words, gauss = record["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(record["numpy"])
-    torch.set_rng_state(tensors["rng/torch"])
-    if device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+    torch.set_rng_state(tensors[f"rng/{rank}/cpu"])
+    if device.type == "cuda" and f"rng/{rank}/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"rng/{rank}/cuda"], device)
 
 
-def _numpy_state() -> list[Any]:
-    name, words, *rest = np.random.get_state()
-    return [name, np.asarray(words).tolist(), *rest]
-
-
-def _environment(device: torch.device) -> dict[str, str]:
+def _environment(device: torch.device, processes: int) -> dict[str, str]:
     """What bit-equal numbers depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "device": name}
+    threads, count = str(torch.get_num_threads()), str(processes)
+    return {"torch": torch.__version__, "threads": threads, "device": name, "processes": count}
 
 
 def _check_names(folder: Path, there: set[str], here: set[str]) -> None:

@@ -6,6 +6,7 @@ import errno
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
+from luthier.engine.forward import is_full
 from luthier.errors import RunError
 from luthier.training.checkpoint import latest
+from luthier.training.launch import ECHO, launched
 
 CHECKED = 3
 """Steps after which every trainable tensor must have moved: LoRA's A moves from the second step on, when B is not 0."""
@@ -120,8 +122,12 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """SIGINT and SIGTERM only set `Stop.signal`: the step in hand is finished. A second one acts as it always does."""
-    stop = Stop()
+    """SIGINT and SIGTERM only set `Stop.signal`: the step in hand is finished. A second one acts as it always does.
+
+    An echo of the first does not (launch.ECHO); nor does any other in a process that Luthier or torchrun launched: the
+    system may signal all of them, and then the launcher passes its own on. That one ends all where it has to be.
+    """
+    stop, came = Stop(), 0.0
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield stop
         return
@@ -132,8 +138,12 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-        restore()
+        nonlocal came
+        if stop.signal is None:
+            stop.signal, came = number, time.monotonic()
+        elif not launched() and time.monotonic() - came > ECHO:
+            restore()
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, handle)
@@ -144,16 +154,16 @@ def stoppable() -> Iterator[Stop]:
 
 
 @contextmanager
-def clear_when_full(checkpoints: Path, tokens_per_pass: int) -> Iterator[None]:
+def clear_when_full(checkpoints: Path) -> Iterator[None]:
     """One line instead of a traceback when the disk or the device's memory has no room. Errors: RunError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"out of memory on the device with {tokens_per_pass:,} tokens in a pass; lower train.tokens_per_pass or "
-            "set train.activation_checkpointing: true (neither changes the result)"
-        ) from error
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # tokenizers has no narrower one
+        if is_full(error):
+            raise RunError(
+                "out of memory on the device; lower train.tokens_per_pass or set train.activation_checkpointing: true "
+                "(neither changes the result), or lower data.max_length"
+            ) from error
         if _errno(error) not in FULL:
             raise
         last = latest(checkpoints) or "none yet"
@@ -162,10 +172,10 @@ def clear_when_full(checkpoints: Path, tokens_per_pass: int) -> Iterator[None]:
         ) from error
 
 
-def _errno(error: OSError | SafetensorError) -> int | None:
+def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors writes in Rust and tells it only so
+    number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers, in Rust, tell it only so
     return int(number[1]) if number else None
 
 

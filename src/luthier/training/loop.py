@@ -1,61 +1,37 @@
-"""The optimizer step, and the run that is made of it.
-
-A step's gradient is the sum over its supervised tokens divided by their number, which is known before the first pass:
-how its rows are cut into passes does not matter.
-"""
+"""The optimizer step, and the run that is made of it."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from luthier.data.batches import Order, total_steps
-from luthier.data.pack import Pass, cut, pad, passes
-from luthier.engine.loss import base_of, on_device, summed_loss
-from luthier.errors import RecipeError, RunError
+from luthier.engine import dropout
+from luthier.engine.forward import adopt, is_full
+from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
 from luthier.sections import TrainSection
 from luthier.training import checkpoint
+from luthier.training.budget import measure
 from luthier.training.checkpoint import TrainState
+from luthier.training.distributed import World
+from luthier.training.gradients import Gradient, Gradients, smaller
 from luthier.training.guard import CHECKED, Movement, clear_when_full, not_finite, stoppable
 from luthier.training.monitor import Facts, Monitor
 from luthier.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
+from luthier.training.outcome import Outcome
+from luthier.training.start import base_dropout, choose_route, needs_autocast, recompute_activations
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
     from luthier.data.prepare import Data
-
-TOKENS_PER_PASS = {"cuda": 16_384, "cpu": 4_096}
-"""Places in a pass where the recipe says auto: enough to keep the device busy, few enough for small memory."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to, resumed parts included."""
-
-    steps: int
-    losses: list[float]
-    """One a step, from step 1: mean over its supervised tokens."""
-    eval_losses: list[tuple[int, float]]
-    """(step, mean loss over the supervised tokens of the eval rows), step 0 first."""
-    best_step: int | None
-    """Step of the lowest eval loss after step 0."""
-    best_eval: float | None
-    seconds: float
-    tokens: int
-    """Trained on, without padding."""
-    saved: str
-    """What the adapter's (or model's) folder now holds."""
-    stopped: int | None
-    """The signal that stopped the run."""
 
 
 def train(
@@ -70,31 +46,46 @@ def train(
     write: Callable[[Path], None],
     monitor: Monitor,
     say: Callable[[str], None],
+    world: World,
     resume: Path | None = None,
+    proof: bool = True,
 ) -> Outcome:
     """Train those parameters of `model` that require a gradient; leave the best, or last, in the run folder.
 
-    `kind` is the method's; `write` puts the adapter or model into the folder that it is given; `resume` is a
-    checkpoint. Errors: RecipeError where precision or rates cannot be; RunError where the run had to stop (guard.py).
+    `kind` is the method's; `write` puts the adapter or model into the folder that it is given; `world` is the
+    processes that train together, of which the first writes; `resume` is a checkpoint; without `proof` only the loss
+    of two rows is compared before step 1.
+    Errors: RecipeError where precision or rates cannot be; RunError where the run had to stop (guard.py).
     """
-    training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, resume)
-    state, held_out = training.state, data.eval
-    with monitor.told(), clear_when_full(folder.checkpoints, state.tokens_per_pass), stoppable() as stop:
+    base_dropout(model, section, say)
+    with (
+        monitor.told(),
+        clear_when_full(folder.checkpoints),
+        stoppable() as stop,
+        dropout.keyed(model, section.seed) as dropping,
+    ):
+        training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, world, resume)
+        training.settle(resume is None, dropping, proof)
+        state, held_out, stopped = training.state, data.eval, None
         if held_out is not None and state.step == 0:
             monitor.record(None, training.evaluate(held_out))
-        while state.step < training.steps and not training.had_enough() and stop.signal is None:
-            facts = training.step()
+        while state.step < training.steps and not training.had_enough() and stopped is None:
+            facts, stopped = training.step(stop.signal)
+            if world.size == 1:  # several have agreed on it before the step
+                stopped = stop.signal
             eval_loss = None
             if held_out is not None and training.due(section.eval_every):
                 eval_loss = training.evaluate(held_out)
             monitor.record(facts, eval_loss)
-            if training.due(section.save_every) or training.had_enough() or stop.signal is not None:
+            if training.due(section.save_every) or training.had_enough() or stopped is not None:
                 training.save_checkpoint()
-        return training.finish(stop.signal)
+        return training.finish(stopped)
 
 
 class Training:
     """A run in progress: everything that a step, an evaluation and a checkpoint share."""
+
+    gradients: Gradients
 
     def __init__(
         self,
@@ -108,23 +99,20 @@ class Training:
         write: Callable[[Path], None],
         monitor: Monitor,
         say: Callable[[str], None],
+        world: World,
         resume: Path | None,
     ) -> None:
-        self.model, self.data, self.order, self.section = model, data, order, section
+        self.model, self.data, self.order, self.section, self.world = model, data, order, section, world
         self.folder, self.pad_id, self.write, self.monitor, self.say = folder, pad_id, write, monitor, say
         self.best = folder.model if kind == "full" else folder.adapter
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self.device = next(iter(self.parameters.values())).device
         self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)
         self.warmup = warmup_steps(section, self.steps)
-        self.autocast = needs_autocast(model, section)
         self.optimizer = make_optimizer(self.parameters, section)
         torch.manual_seed(section.seed)
-        self.state = TrainState(TOKENS_PER_PASS[self.device.type])
+        self.state = TrainState(0)
         if resume is not None:
-            self.state = checkpoint.load(resume, self.parameters, self.optimizer, say)
-        if section.tokens_per_pass != "auto":
-            self.state.tokens_per_pass = section.tokens_per_pass
+            self.state = checkpoint.load(resume, self.parameters, self.optimizer, say, world.rank, world.size)
         self.movement = Movement(self.parameters, self.optimizer, self.state.step, self.warmup, say)
         if self.steps < CHECKED:
             say(f"not checked that every trainable tensor moves: that takes {CHECKED} steps")
@@ -136,6 +124,44 @@ class Training:
             recompute_activations(model)
         model.train()
 
+    def settle(self, first: bool, dropping: bool, proof: bool) -> None:
+        """Decide on what is decided once: the path through the engine, and how much goes through it at once."""
+        state, section, examples = self.state, self.section, self.data.train
+        autocast = needs_autocast(self.model, section)
+        if first:
+            state.route = choose_route(
+                self.model,
+                examples,
+                self.order,
+                section,
+                self.folder,
+                self.world,
+                pad_id=self.pad_id,
+                autocast=autocast,
+                dropping=dropping,
+                proof=proof,
+                say=self.say,
+            )
+        elif state.route != "plain":
+            adopt(self.model)
+        self.gradients = Gradients(
+            self.model,
+            state.route,
+            self.world,
+            section.seed if dropping else None,
+            pad_id=self.pad_id,
+            autocast=autocast,
+            beat=self.monitor.beat,
+        )
+        if section.tokens_per_pass != "auto":
+            if not first and state.tokens_per_pass != section.tokens_per_pass:
+                said = f"{state.tokens_per_pass:,} → {section.tokens_per_pass:,} tokens in a pass"
+                self.say(f"resume: {said}: the numbers will be equal only to rounding")
+            state.tokens_per_pass = section.tokens_per_pass
+        elif first:
+            state.tokens_per_pass, line = measure(self.gradients, examples)
+            self.say(line)
+
     def due(self, every: int | Literal["epoch"]) -> bool:
         """Is this the step for it? The last one always is."""
         period = self.order.steps_per_epoch if every == "epoch" else every
@@ -144,50 +170,56 @@ class Training:
     def had_enough(self) -> bool:
         return self.section.early_stop is not None and self.state.not_better >= self.section.early_stop
 
-    def loss(self, pass_: Pass) -> Tensor:
-        """Sum over the supervised tokens of a pass: a fp32 scalar."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return summed_loss(self.model, on_device(pass_, self.device))
-
-    def step(self) -> Facts:
-        """One optimizer step: all of its rows and no other."""
+    def step(self, stop: int | None) -> tuple[Facts, int | None]:
+        """One optimizer step: all of its rows and no other. `stop`: the signal that this process was asked to stop by;
+        gives back that of any process."""
         began, state, section, examples = time.monotonic(), self.state, self.section, self.data.train
         rows = self.order.rows(state.step)
-        supervised, tokens = int(examples.supervised[rows].sum()), int(examples.lengths[rows].sum())
-        parts = passes(examples, rows, state.tokens_per_pass, self.pad_id)
-        mean = torch.zeros((), device=self.device)
-        for part in parts:
-            loss = self.loss(part) / supervised
-            torch.autograd.backward(loss)
-            mean += loss.detach()
-            self.monitor.beat()
+        found = self.gradient(rows, stop)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), section.clip or math.inf)
-        value, size = torch.stack((mean, norm.float())).tolist()  # the step's only wait for the device
+        mean, size = torch.stack((found.loss, norm.float())).tolist()  # the step's only wait for the device
+        (value,) = self.world.total([mean])
         if not (math.isfinite(value) and math.isfinite(size)):
             raise self.not_finite(f"step {state.step + 1}: loss {value:g}, gradient norm {size:g}", examples, rows)
         lr = self.peak * lr_factor(state.step, self.steps, self.warmup, section.schedule, section.min_lr / self.peak)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        tokens = int(examples.lengths[rows].sum())
         state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, time.monotonic() - self.began
-        facts = Facts(value, lr, size, tokens, supervised, len(rows), len(parts), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        facts = Facts(value, lr, size, tokens, found.supervised, len(rows), found.passes, seconds)
         self.losses.append(value)
         self.monitor.show_step(state.step, facts)
         self.movement.check(state.step)
-        return facts
+        return facts, found.stop
+
+    def gradient(self, rows: np.ndarray, stop: int | None) -> Gradient:
+        """The step's gradient. Where memory has no room for its passes, the same in smaller ones, for good."""
+        state, examples = self.state, self.data.train
+        while True:
+            try:
+                return self.gradients.of_step(examples, rows, state.step, state.tokens_per_pass, stop)
+            except RuntimeError as error:
+                half = smaller(examples.lengths[rows], state.tokens_per_pass)
+                if not is_full(error) or half is None or self.world.size > 1:
+                    raise
+            self.optimizer.zero_grad()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.say(
+                f"out of memory in step {state.step + 1}: done again in passes of at most {half:,} tokens instead of "
+                f"{state.tokens_per_pass:,}; the result is the same"
+            )
+            state.tokens_per_pass = half
 
     def evaluate(self, examples: Examples) -> float:
         """Mean loss over the supervised tokens of the eval rows; the best after step 0 so far is saved."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for rows in cut(examples.lengths, self.state.tokens_per_pass):
-                total += self.loss(pad(examples, rows, self.pad_id))
-                self.monitor.beat()
-            loss = total.item() / int(examples.supervised.sum())
-            if not math.isfinite(loss):
-                where = f"evaluation at step {self.state.step}: loss {loss:g}"
-                raise self.not_finite(where, examples, np.arange(len(examples)))
+        loss = self.gradients.mean_loss(examples, self.state.tokens_per_pass)
+        if not math.isfinite(loss):
+            where = f"evaluation at step {self.state.step}: loss {loss:g}"
+            raise self.not_finite(where, examples, np.arange(len(examples)))
         self.model.train()
         self.evals.append((self.state.step, loss))
         self.monitor.show_eval(loss, self.compare(loss))
@@ -202,13 +234,21 @@ class Training:
             state.not_better += 1
             return f"not below {state.best_eval:.4f} of step {state.best_step}"
         state.best_step, state.best_eval, state.not_better = state.step, loss, 0
-        with folder_atomic(self.best) as target:
-            self.write(target)
+        self.write_best()
         return "best so far"
 
+    def write_best(self) -> None:
+        if self.world.leads:
+            with folder_atomic(self.best) as target:
+                self.write(target)
+
     def save_checkpoint(self) -> None:
-        keep = self.section.keep
-        checkpoint.save(self.folder.checkpoints, self.write, self.parameters, self.optimizer, self.state, keep)
+        generators = self.world.gather(checkpoint.generators(self.world.device))
+        if self.world.leads:
+            keep = self.section.keep
+            checkpoint.save(
+                self.folder.checkpoints, self.write, self.parameters, self.optimizer, self.state, keep, generators
+            )
 
     def finish(self, stopped: int | None) -> Outcome:
         """Save the last where there is no best, and say how it ended."""
@@ -216,15 +256,15 @@ class Training:
         self.model.eval()
         if self.had_enough():
             self.say(f"early stop: {state.not_better} evaluations in a row without a better loss")
-        if state.best_eval is not None and self.evals[0][0] == 0 and state.best_eval >= self.evals[0][1]:
-            self.say(f"the eval loss never fell below the {self.evals[0][1]:.4f} of step 0: the training did not help")
+        before = next((loss for step, loss in self.evals if step == 0), math.inf)
+        if state.best_eval is not None and state.best_eval >= before:
+            self.say(f"the eval loss never fell below the {before:.4f} of step 0: the training did not help")
         saved = f"best of step {state.best_step} by eval loss"
         if state.step == 0:
             saved = "nothing: stopped before the first step"
         elif state.best_step is None:
             saved = "last"
-            with folder_atomic(self.best) as target:
-                self.write(target)
+            self.write_best()
         self.monitor.end("done" if stopped is None else "stopped", saved)
         return Outcome(
             steps=state.step,
@@ -241,32 +281,10 @@ class Training:
     def not_finite(self, where: str, examples: Examples, rows: np.ndarray) -> RunError:
         def finite_alone(row: int) -> bool:
             self.optimizer.zero_grad()
-            loss = self.loss(pad(examples, np.array([row]), self.pad_id))
+            loss = self.gradients.loss(self.gradients.one(examples, row), self.state.step)
             if loss.requires_grad:
                 torch.autograd.backward(loss)
             values = [loss, *(value.grad for value in self.parameters.values() if value.grad is not None)]
             return all(bool(value.isfinite().all()) for value in values)
 
         return not_finite(where, rows.tolist(), finite_alone, examples.origin, self.folder.checkpoints)
-
-
-def needs_autocast(model: Any, section: TrainSection) -> bool:
-    """bf16 arithmetic over fp32 weights; else the arithmetic follows the weights. Errors: RecipeError."""
-    held: torch.dtype = base_of(model).dtype
-    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(section.precision, held)
-    if wanted != held and (wanted, held) != (torch.bfloat16, torch.float32):
-        name = str(held).removeprefix("torch.")
-        raise RecipeError(
-            f"train.precision: {section.precision}, but the weights are held in {name}; change model.dtype"
-        )
-    return wanted != held
-
-
-def recompute_activations(model: Any) -> None:
-    """Activation checkpointing, non-reentrant; inputs of frozen layers require a gradient, or nothing below trains."""
-    base = base_of(model)
-    if hasattr(base, "activation_checkpointing_enable"):  # transformers of 2026; it sees to the inputs itself
-        base.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()

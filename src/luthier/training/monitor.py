@@ -38,10 +38,13 @@ class Monitor:
     """Reports a run. `time` is seconds since 1970; `memory_gib` the peak so far, on the GPU where there is one.
 
     A line of metrics.jsonl has every key, null where a step has no such fact; step 0 has an eval loss only.
+    Of several processes that train together one alone `writes`.
     """
 
-    def __init__(self, folder: RunFolder, section: TrainSection, say: Callable[[str], None]) -> None:
-        self.folder, self.log_every, self.say = folder, section.log_every, say
+    def __init__(
+        self, folder: RunFolder, section: TrainSection, say: Callable[[str], None], *, writes: bool = True
+    ) -> None:
+        self.folder, self.log_every, self.say, self.writes = folder, section.log_every, say, writes
         self.first = self.since = self.step = self.steps = 0
         self.steps_per_epoch = 1
         self.began = self.beaten = 0.0
@@ -51,6 +54,8 @@ class Monitor:
         self.first, self.step, self.steps, self.steps_per_epoch = step, step, steps, steps_per_epoch
         self.since, self.began = step, time.monotonic()
         lines = [line for line in self._lines() if step > 0 and line["step"] <= step]
+        if not self.writes:
+            return lines
         write_atomic(self.folder.metrics, "".join(_json_line(line) for line in lines))
         self._status("running")
         return lines
@@ -72,6 +77,8 @@ class Monitor:
 
     def record(self, facts: Facts | None, eval_loss: float | None) -> None:
         """The line of metrics.jsonl for the step that was shown last."""
+        if not self.writes:
+            return
         line = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 6),
@@ -113,6 +120,8 @@ class Monitor:
 
     def _status(self, state: str, message: str = "") -> None:
         self.beaten = time.monotonic()
+        if not self.writes:
+            return
         now = round(time.time(), 3)
         status = {"state": state, "step": self.step, "steps": self.steps, "time": now, "pid": os.getpid()}
         write_json(self.folder.status, {**status, "message": message})

@@ -1,0 +1,141 @@
+"""Causal attention within each segment of a packed pass, registered with transformers under the name "luthier".
+
+The Layout travels as a call argument and in no other way: with activation checkpointing a layer is computed again while
+another pass may be current. Without a Layout the function is transformers' own SDPA, and so is its mask: a model in
+training configuration generates as any other. (Without a registered mask function, transformers hands no mask to an
+implementation that it does not know, and left-padded prompts are answered wrongly: 0.09 in the logits, measured.)
+
+Shapes: B rows, H query heads, K key heads, L places, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "luthier"
+NOTHING_TO_ATTENTION = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch"}
+)
+"""Keywords that transformers passes along and that change nothing here. Any other is a reason not to pack."""
+
+
+class CannotPackError(Exception):
+    """The model's attention asks for something that is not honoured segment by segment."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a pass is made of. segments: (start, stop) of each row of a packed pass, () where rows are padded.
+
+    keys: int64 [B · L], what the dropout of each token depends on; None where there is none.
+    """
+
+    segments: tuple[tuple[int, int], ...]
+    keys: Tensor | None = None
+
+
+def register() -> str:
+    """Make `attn_implementation="luthier"` known to transformers; gives back the name."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers asks for it. query: [B, H, L, E]; key, value: [B, K, L, E]; result: [B, L, H, E].
+
+    With a packed `layout` the mask is not looked at; `sliding_window`, `softcap` and `s_aux` (one attention sink a
+    head) are honoured. Errors: CannotPackError for a keyword that is not known, or attention that is not causal.
+    """
+    if layout is None or not layout.segments:
+        if softcap is None and s_aux is None:
+            out, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+            )
+            return out, None
+        allowed = _whole(query, key) if attention_mask is None else attention_mask
+        return _scores(query, key, value, allowed, scaling, dropout, softcap, s_aux).transpose(1, 2), None
+    _refuse_unknown(module, others)
+    parts = []
+    for start, stop in layout.segments:
+        q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+        window = _window(stop - start, sliding_window, query.device)
+        if softcap is None and s_aux is None:
+            part = F.scaled_dot_product_attention(
+                q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            allowed = _whole(q, k) if window is None else window
+            part = _scores(q, k, v, allowed, scaling, dropout, softcap, s_aux)
+        parts.append(part)
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
+    causal = others.pop("is_causal", None)
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise CannotPackError(f"{type(module).__name__} is not causal")
+    for name, value in others.items():
+        if value is not None and value is not False and name not in NOTHING_TO_ATTENTION:
+            raise CannotPackError(f"{type(module).__name__} passes {name}, which is not known here")
+
+
+def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """bool [L, L]: the last `sliding_window` tokens, itself included; None where a segment is no longer than that."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
+
+
+def _whole(query: Tensor, key: Tensor) -> Tensor:
+    """bool [L of query, L of key]: causal, the query's last token being the key's last."""
+    rows, columns = query.shape[2], key.shape[2]
+    return torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+
+
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with its scores written out, which soft caps (Gemma 2) and sinks (gpt-oss) need: [B, H, L, E]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink = sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ value

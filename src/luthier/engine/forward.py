@@ -1,0 +1,132 @@
+"""A pass → the summed loss of its supervised tokens: one module, head included, which is what several processes wrap.
+
+Shapes: B rows, L places, S supervised places, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from luthier.data.pack import NO_TARGET, Pass
+from luthier.engine import attention, dropout
+from luthier.engine.attention import CannotPackError, Layout
+from luthier.engine.loss import Head, head_of, summed_cross_entropy
+
+Route = Literal["engine", "own_logits", "plain"]
+"""engine: packed passes, the head chunk by chunk; own_logits: packed, the logits by transformers itself (where they are
+more than the head's output scaled and capped); plain: padded passes through transformers, the engine's twin."""
+
+
+@dataclass(frozen=True)
+class DevicePass:
+    """A pass where the model is. ids, positions, mask: [B, L]; supervised: [S] places in B · L; targets: [S]."""
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    supervised: Tensor
+    targets: Tensor
+    layout: Layout
+
+
+def on_device(pass_: Pass, device: torch.device, seed: int | None = None, step: int = 0) -> DevicePass:
+    """Move a pass. The supervised places are found before, so that the device is never waited for.
+
+    `seed`: that of the dropout, whose masks belong to `step`; None where there is none.
+    """
+    targets = torch.from_numpy(pass_.targets).flatten()
+    supervised = (targets != NO_TARGET).nonzero().squeeze(1)
+    keys = None
+    if seed is not None:
+        keys = torch.from_numpy(dropout.token_keys(seed, step, pass_.owners, pass_.positions)).flatten().to(device)
+    return DevicePass(
+        ids=torch.from_numpy(pass_.ids).to(device),
+        positions=torch.from_numpy(pass_.positions).to(device),
+        mask=torch.from_numpy(pass_.mask).to(device),
+        supervised=supervised.to(device),
+        targets=targets[supervised].to(device),
+        layout=Layout(pass_.segments, keys),
+    )
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PeftModel, its adapters in place; any other model is its own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class SummedLoss(nn.Module):
+    """Sum of the cross entropy over the supervised tokens of a pass: a fp32 scalar.
+
+    `model` is a transformers causal model or a PeftModel around one. A packed pass needs the route "engine" or
+    "own_logits"; a padded one goes any of the three.
+    """
+
+    def __init__(self, model: Any, route: Route) -> None:
+        super().__init__()
+        self.model, self.route = model, route
+
+    def forward(self, pass_: DevicePass) -> Tensor:
+        base = base_of(self.model)
+        head = head_of(base)
+        keys = None if pass_.layout.keys is None else pass_.layout.keys[pass_.supervised]
+        if self.route == "engine":
+            hidden = base.get_decoder()(**inputs(pass_)).last_hidden_state  # [B, L, D]
+            return summed_cross_entropy(hidden.flatten(0, 1)[pass_.supervised], pass_.targets, head, keys)
+        return F.cross_entropy(own_logits(base, head, pass_).float(), pass_.targets, reduction="sum")
+
+
+def inputs(pass_: DevicePass) -> dict[str, Any]:
+    """A pass as transformers takes it. A packed one carries a 4-D mask without content: such a mask is handed on as
+    it is, where none at all would be made up from the positions, as a square of the whole pass."""
+    packed = bool(pass_.layout.segments)
+    return {
+        "input_ids": pass_.ids,
+        "attention_mask": pass_.mask.new_empty(1, 1, 1, 0) if packed else pass_.mask,
+        "position_ids": pass_.positions,
+        "use_cache": False,
+        "layout": pass_.layout,
+    }
+
+
+def own_logits(base: Any, head: Head, pass_: DevicePass) -> Tensor:
+    """The logits of the supervised places as transformers computes them: [S, V], with a gradient."""
+    packed, keys = bool(pass_.layout.segments), pass_.layout.keys
+    if keys is not None:
+        dropout.set_keys(head.module, keys[pass_.supervised] if packed else keys)
+    if packed:
+        logits = base(**inputs(pass_), logits_to_keep=pass_.supervised).logits
+        return logits.flatten(0, 1)  # type: ignore[no-any-return]
+    return base(**inputs(pass_)).logits.flatten(0, 1)[pass_.supervised]  # type: ignore[no-any-return]
+
+
+def adopt(model: Any) -> None:
+    """Let the model's attention take a Layout. Errors: CannotPackError where it has no such interface."""
+    base = base_of(model)
+    if not base._can_set_attn_implementation():
+        raise CannotPackError(f"{type(base).__name__} has an attention of its own")
+    base.set_attn_implementation(attention.register())
+
+
+def rotary_border(model: Any) -> int | None:
+    """Tokens above which a row's rotary frequencies are others, chosen by the longest row of a pass (longrope).
+
+    Rows on either side of it share no pass. ("dynamic" scaling looks at the longest row as well, but acts only on
+    rows beyond the model's window, which are refused.)
+    """
+    config = base_of(model).config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
+    borders = {int(r["original_max_position_embeddings"]) for r in kinds if r.get("rope_type") == "longrope"}
+    return min(borders, default=None)
+
+
+def is_full(error: BaseException) -> bool:
+    """Is it the device's memory that has no room? torch has no type of its own for the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

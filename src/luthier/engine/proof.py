@@ -1,0 +1,251 @@
+"""The engine against the reference on a run's own rows: one loss, and the gradient of every tensor that trains.
+
+The reference is what a user would write: the rows padded into one batch, through transformers and PEFT, with
+transformers' own loss. Dropout is on in both: its masks do not depend on how rows are cut.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from luthier.data.pack import NO_TARGET, pad, passes
+from luthier.engine import dropout
+from luthier.engine.attention import CannotPackError
+from luthier.engine.forward import (
+    DevicePass,
+    Route,
+    SummedLoss,
+    adopt,
+    base_of,
+    inputs,
+    is_full,
+    on_device,
+    rotary_border,
+)
+from luthier.engine.loss import head_of
+
+if TYPE_CHECKING:
+    from luthier.data.examples import Examples
+
+TOLERANCE = {torch.float32: ("fp32", 1e-4), torch.bfloat16: ("bf16", 5e-2)}
+"""Largest relative difference that rounding explains; a wrong mask or position gives 0.1 and more."""
+SMALL = 1e-3
+"""Of the largest gradient's norm: what a smaller one is measured by. A gradient that is nothing by nature (that of a
+key's bias, which softmax does not see) is rounding alone."""
+ROWS, FEW = 4, 2
+"""Rows compared; those of the first look, whose time foretells that of the whole."""
+MINUTE = 60.0
+BOTH_WAYS = 6
+"""Forward passes that a comparison costs: a backward pass is two, and there are the reference and the engine."""
+STIRRED = 0.02
+"""Standard deviation of what stands in for matrices of zeros (every B) meanwhile: else A would have no gradient."""
+
+Way = Literal["reference", "engine", "own_logits"]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The route that the run takes, the lines that say why, and what goes into proof.json."""
+
+    route: Route
+    lines: list[str]
+    record: dict[str, Any]
+
+
+def rows_to_prove(examples: Examples, drawn: np.ndarray, tokens: int) -> np.ndarray:
+    """Four of the rows `drawn` first, of unlike lengths, shortest first; padded they have at most `tokens` places.
+
+    Where four have more, it is the two shortest.
+    """
+    rows = np.unique(drawn)
+    rows = rows[np.argsort(examples.lengths[rows], kind="stable")]
+    last = int((ROWS * examples.lengths[rows].astype(np.int64) <= tokens).sum()) - 1
+    if last < ROWS - 1:
+        return np.asarray(rows[:FEW])
+    return np.asarray(rows[np.linspace(0, last, ROWS).astype(np.int64)])
+
+
+def prove(
+    model: Any,
+    examples: Examples,
+    rows: np.ndarray,
+    *,
+    pad_id: int,
+    device: torch.device,
+    autocast: bool,
+    seed: int | None,
+    gradients: bool = True,
+) -> Proof:
+    """Choose the first route that equals the reference, and leave the model's attention ready for it.
+
+    The loss of two rows is compared always; loss and gradients of `rows` unless `gradients` is false or it would take
+    more than a minute. `seed`: of the dropout, None for none. Weights and gradients are left as they were.
+    """
+    began = time.monotonic()
+    bench = _Bench(model, examples, pad_id, device, autocast, seed)
+    name, tolerance = TOLERANCE[torch.bfloat16 if autocast else base_of(model).dtype]
+    with _stirred(bench.parameters):
+        few = bench.value("reference", rows[:FEW])
+        a_place = (time.monotonic() - began) / bench.places(rows[:FEW])
+        rows = rows if BOTH_WAYS * a_place * bench.places(rows) <= MINUTE else rows[:FEW]
+        foretold = BOTH_WAYS * a_place * bench.places(rows)
+        whole, why = None, "as asked"
+        if gradients and foretold > MINUTE:
+            why = f"it would take {foretold:,.0f} s"
+        elif gradients:
+            whole, why = bench.gradients_if_room("reference", rows), "the padded reference does not fit into memory"
+        route, tried = _first_that_fits(bench, rows, few, whole, tolerance)
+    record = {
+        "path": route,
+        "tried": tried,
+        "rows": [examples.origin(int(row)) for row in rows],
+        "gradients": len(bench.parameters) if whole else 0,
+        "tolerance": tolerance,
+        "format": name,
+        "dropout": seed is not None,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    said = _lines(route, tried, f"{len(rows)} rows, loss and {len(bench.parameters)} gradients; {name}")
+    if whole is None and route != "plain":
+        said = [f"engine not proven, {why}; the loss of {len(rows[:FEW])} rows is the reference's"]
+    return Proof(route, said, record)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Computes the same rows either way."""
+
+    model: Any
+    examples: Examples
+    pad_id: int
+    device: torch.device
+    autocast: bool
+    seed: int | None
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def places(self, rows: np.ndarray) -> int:
+        """Of these rows padded."""
+        return len(rows) * int(self.examples.lengths[rows].max())
+
+    def loss(self, way: Way, rows: np.ndarray) -> Tensor:
+        """Mean over the supervised tokens of these rows."""
+        packed = passes(self.examples, rows, int(self.examples.lengths[rows].sum()), rotary_border(self.model))
+        total = torch.zeros((), device=self.device)
+        for part in packed:
+            given = part if way != "reference" else pad(self.examples, part.rows, self.pad_id)
+            on = on_device(given, self.device, self.seed)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                total = total + (
+                    reference_loss(self.model, on) if way == "reference" else SummedLoss(self.model, way)(on)
+                )
+        return total / int(self.examples.supervised[rows].sum())
+
+    def value(self, way: Way, rows: np.ndarray) -> float:
+        with torch.no_grad():
+            return self.loss(way, rows).item()
+
+    def gradients(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and every gradient on the CPU, so that the device holds one set at a time."""
+        loss = self.loss(way, rows)
+        torch.autograd.backward(loss)
+        found = {}
+        for name, parameter in self.parameters.items():
+            found[name] = torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu()
+            parameter.grad = None
+        return loss.item(), found
+
+    def gradients_if_room(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]] | None:
+        try:
+            return self.gradients(way, rows)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            self.model.zero_grad()
+            return None
+
+
+def reference_loss(model: Any, pass_: DevicePass) -> Tensor:
+    """Summed loss of a padded pass by transformers itself (through PEFT where there is an adapter): a scalar."""
+    if pass_.layout.keys is not None:
+        dropout.set_keys(head_of(base_of(model)).module, pass_.layout.keys)
+    labels = torch.full_like(pass_.ids, NO_TARGET).flatten()
+    labels[pass_.supervised + 1] = pass_.targets  # labels name the token itself, targets the next one
+    loss: Tensor = model(**inputs(pass_), labels=labels.view_as(pass_.ids)).loss
+    return loss * len(pass_.targets)
+
+
+def _first_that_fits(
+    bench: _Bench, rows: np.ndarray, few: float, whole: tuple[float, dict[str, Tensor]] | None, tolerance: float
+) -> tuple[Route, dict[str, Any]]:
+    """The route, and what was found about each that was tried: a difference and where it was, or a reason."""
+    tried: dict[str, Any] = {}
+    base = base_of(bench.model)
+    before = base.config._attn_implementation
+    try:
+        adopt(bench.model)
+        for way in ("engine", "own_logits"):
+            found = {"loss": _relative(bench.value(way, rows[:FEW]), few)}
+            if whole is not None and max(found.values()) <= tolerance:
+                loss, gradients = bench.gradients(way, rows)
+                found = {"loss": _relative(loss, whole[0]), **_differences(gradients, whole[1])}
+            worst = max(found, key=lambda name: found[name])
+            tried[way] = {"difference": found[worst], "of": worst, "loss": found["loss"]}
+            if found[worst] <= tolerance:
+                return way, tried
+    except CannotPackError as error:
+        tried["engine"] = {"reason": str(error)}
+    base.set_attn_implementation(before)
+    return "plain", tried
+
+
+def _relative(value: float, reference: float) -> float:
+    return abs(value - reference) / max(abs(reference), 1e-12)
+
+
+def _differences(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the difference of each gradient by the norm of the reference's."""
+    norms = {name: value.norm().item() for name, value in reference.items()}
+    floor = max(SMALL * max(norms.values()), 1e-12)
+    return {
+        name: (value - reference[name]).norm().item() / max(norms[name], floor) for name, value in gradients.items()
+    }
+
+
+def _lines(route: Route, tried: dict[str, Any], what: str) -> list[str]:
+    said = []
+    for way, found in tried.items():
+        if way == route:
+            by = "engine" if way == "engine" else "engine with transformers' own logits"
+            said.append(f"{by} = reference, {found['difference']:.0e} ({what})")
+        elif "reason" in found:
+            said.append(f"rows are padded, not packed, which is slower: {found['reason']}")
+        else:
+            said.append(f"{way.replace('_', ' ')} ≠ reference: {found['difference']:.0e} in {found['of']} ({what})")
+    if route == "plain" and "reason" not in tried["engine"]:
+        said.append("the plain path is used: rows padded, through transformers alone; right, but slower")
+    return said
+
+
+@contextmanager
+def _stirred(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Matrices that are nothing but zeros hold small random numbers inside the block."""
+    generator = torch.Generator().manual_seed(0)
+    zero = [value for value in parameters.values() if value.ndim > 1 and not value.any()]
+    for value in zero:
+        value.data.copy_(torch.randn(value.shape, generator=generator) * STIRRED)
+    try:
+        yield
+    finally:
+        for value in zero:
+            value.data.zero_()

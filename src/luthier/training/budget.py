@@ -1,0 +1,75 @@
+"""How many tokens go through the model at once, where the recipe leaves it to us: measured on the longest rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from luthier.data.pack import Pass
+from luthier.training.gradients import Gradients
+
+if TYPE_CHECKING:
+    from luthier.data.examples import Examples
+
+TOKENS_PER_PASS = {"cuda": 16_384, "cpu": 4_096}
+"""Never more: enough to keep the device busy, and the memory of the rest of a step stays small beside it."""
+PROBE = 512
+"""Tokens to measure with, if the longest row is not longer: few enough to cost little, more than the fixed costs."""
+SHARE = 0.6
+"""Of the free memory: the backward pass needs workspace beside what the forward pass keeps."""
+GIB = 1024**3
+
+
+def measure(gradients: Gradients, examples: Examples) -> tuple[int, str]:
+    """Tokens for a pass, and the line that says why: what memory and TOKENS_PER_PASS allow, and any row."""
+    device, world = gradients.world.device, gradients.world
+    by_length = np.argsort(-examples.lengths.astype(np.int64), kind="stable")
+    longest = int(examples.lengths[by_length[0]])
+    count = max(1, int((examples.lengths[by_length].cumsum() <= PROBE).sum()))
+    part = gradients.cut(examples, by_length[:count], max(longest, PROBE) * count)[0]
+    a_token = kept_bytes(gradients, part) / part.ids.size
+    free = free_memory(device) / (world.size if device.type == "cpu" else 1)
+    affordable = int(SHARE * free / max(a_token, 1))
+    tokens = max(longest, min(TOKENS_PER_PASS[device.type], affordable))
+    tokens = min(world.gather(tokens))
+    reason = f"{a_token / 1024**2:.2f} MiB a token, {free / GIB:.1f} GiB free"
+    return tokens, f"train.tokens_per_pass: auto is {tokens:,} (longest row {longest:,}; {reason})"
+
+
+def kept_bytes(gradients: Gradients, part: Pass) -> int:
+    """Bytes that a forward pass keeps for its backward pass, weights not counted.
+
+    On a GPU: the allocator's peak of both. On a CPU, whose allocator tells nothing: the tensors that autograd saves.
+    """
+    device = gradients.world.device
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.autograd.backward(gradients.loss(part) * 0)
+        peak = torch.cuda.max_memory_allocated(device)
+        return peak - before
+    weights = {value.untyped_storage().data_ptr() for value in gradients.alone.parameters()}
+    saved: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        loss = gradients.loss(part)
+    del loss
+    return sum(saved.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device can still give."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(psutil.virtual_memory().available)

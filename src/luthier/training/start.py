@@ -1,0 +1,101 @@
+"""What is settled before step 1, printed and kept: the path through the engine and its proof, the tokens of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from luthier.data.batches import Order
+from luthier.engine import dropout
+from luthier.engine.forward import Route, adopt, base_of
+from luthier.engine.proof import prove, rows_to_prove
+from luthier.errors import RecipeError
+from luthier.folder import RunFolder, write_json
+from luthier.sections import TrainSection
+from luthier.training.distributed import World
+
+if TYPE_CHECKING:
+    from luthier.data.examples import Examples
+
+Say = Callable[[str], None]
+
+DRAWN = 16
+"""Rows, at least, among which those of the proof are chosen."""
+SHARE = 0.5
+"""Of an average step's tokens: what the proof's rows have at most, so that it costs two or three steps."""
+
+
+def base_dropout(model: Any, section: TrainSection, say: Say) -> None:
+    """The base model's own dropout is off, and said, unless the recipe wants it."""
+    if section.base_dropout:
+        say("train.base_dropout: drawn in sequence, so numbers depend on how rows are cut: exactness no longer holds")
+    elif found := dropout.silence(model):
+        say(f"the base model's own {', '.join(found)} is off (train.base_dropout: true gives it back)")
+
+
+def choose_route(
+    model: Any,
+    examples: Examples,
+    order: Order,
+    section: TrainSection,
+    folder: RunFolder,
+    world: World,
+    *,
+    pad_id: int,
+    autocast: bool,
+    dropping: bool,
+    proof: bool,
+    say: Say,
+) -> Route:
+    """The route of this run, proven on its own rows (by the first process for all) and written to proof.json."""
+    route: Route = "plain"
+    if world.leads:
+        steps = range(min(order.steps_per_epoch, -(-DRAWN // order.batch)))
+        drawn = np.concatenate([order.rows(step) for step in steps])
+        tokens = int(SHARE * examples.lengths[drawn].sum() / len(steps))
+        if section.base_dropout:
+            model.eval()  # its draws differ between any two computations
+        found = prove(
+            model,
+            examples,
+            rows_to_prove(examples, drawn, tokens),
+            pad_id=pad_id,
+            device=world.device,
+            autocast=autocast,
+            seed=section.seed if dropping and not section.base_dropout else None,
+            gradients=proof,
+        )
+        model.train()
+        write_json(folder.proof, found.record)
+        for line in found.lines:
+            say(line)
+        route = found.route
+    route = world.share(route)
+    if route != "plain":
+        adopt(model)
+    return route
+
+
+def needs_autocast(model: Any, section: TrainSection) -> bool:
+    """bf16 arithmetic over fp32 weights; else the arithmetic follows the weights. Errors: RecipeError."""
+    held: torch.dtype = base_of(model).dtype
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(section.precision, held)
+    if wanted != held and (wanted, held) != (torch.bfloat16, torch.float32):
+        name = str(held).removeprefix("torch.")
+        raise RecipeError(
+            f"train.precision: {section.precision}, but the weights are held in {name}; change model.dtype"
+        )
+    return wanted != held
+
+
+def recompute_activations(model: Any) -> None:
+    """Activation checkpointing, non-reentrant; inputs of frozen layers require a gradient, or nothing below trains."""
+    base = base_of(model)
+    if hasattr(base, "activation_checkpointing_enable"):  # transformers of 2026; it sees to the inputs itself
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
