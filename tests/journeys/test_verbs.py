@@ -9,48 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from shell import ENVIRONMENT, LUTHIER, begin, luthier, well
 from tiny import tiny_llama
-
-LUTHIER = Path(sys.executable).parent / "luthier"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"}
-
-
-def luthier(folder: Path, *arguments: str | Path, said: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [LUTHIER, *map(str, arguments)], cwd=folder, env=ENVIRONMENT, input=said or "", capture_output=True, text=True
-    )
-
-
-def well(folder: Path, *arguments: str | Path, said: str | None = None) -> str:
-    """The output of a verb that ends well, with nothing of our dependencies on the error stream."""
-    done = luthier(folder, *arguments, said=said)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
-    return done.stdout
-
-
-def begin(folder: Path, **changes: Any) -> Path:
-    """A folder with a tiny model, 24 rows and a recipe; `changes` go into the recipe's sections."""
-    tiny_llama(folder / "model")
-    rows = [{"prompt": f"Where is {i}?", "response": f"In town {i % 3}."} for i in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe: dict[str, Any] = {
-        "model": {"name": "./model"},
-        "data": {"train": "rows.jsonl", "eval": 4, "max_length": 64},
-        "method": {"r": 4, "dropout": 0.1},
-        "train": {"batch": 6, "steps": 8, "lr": 5e-3, "eval_every": 4, "save_every": 2, "warmup": 0},
-        "generate": {"prompts": ["Where is 7?", "你好，谁？"], "max_new_tokens": 8},
-    }
-    for section, values in changes.items():
-        recipe[section] = recipe.get(section, {}) | values
-    path = folder / "town.yaml"
-    path.write_text(yaml.safe_dump(recipe, allow_unicode=True))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +32,8 @@ def test_a_run_leaves_what_the_design_says(trained: Path) -> None:
     run = trained / "runs" / "town"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        ".lock", "adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl", "recipe.yaml",
-        "rejected.jsonl", "samples.jsonl", "status.json",
+        ".lock", "adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl", "proof.json",
+        "recipe.yaml", "rejected.jsonl", "samples.jsonl", "status.json",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(9))
@@ -86,6 +50,19 @@ def test_a_run_leaves_what_the_design_says(trained: Path) -> None:
     ]
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["weight_decay"] == 0.0
     assert "next: luthier compare runs/town" in (trained / "train.txt").read_text()
+
+
+def test_a_run_is_held_against_the_reference_before_it_begins(trained: Path, tmp_path: Path) -> None:
+    kept = json.loads((trained / "runs" / "town" / "proof.json").read_text())
+    figure = f"{kept['tried']['engine']['difference']:.0e}"
+    said = f"engine = reference, {figure} ({len(kept['rows'])} rows, loss and 28 gradients; fp32)"
+    lines = (trained / "train.txt").read_text().splitlines()
+    assert lines.index(said) < next(number for number, line in enumerate(lines) if line.startswith("eval"))
+    assert kept["path"] == "engine" and kept["tried"]["engine"]["difference"] < 1e-5 and len(kept["rows"]) >= 2
+    begin(tmp_path, train={"steps": 2})
+    unproven = well(tmp_path, "train", "town.yaml", "--no-proof")
+    assert "\nengine not proven, as asked; the loss of 2 rows is the reference's\n" in unproven
+    assert json.loads((tmp_path / "runs" / "town" / "proof.json").read_text())["gradients"] == 0
 
 
 def test_plain_peft_opens_the_adapter(trained: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def trainers(model: Any, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_gradient_is_that_of_transformers_trainer(tmp_path: Path, family: str, kind: str) -> None:
-    """Sabotage: the mean of the passes' means instead of one sum over the step's supervised tokens."""
+    """Sabotage, each by itself: the mean of the passes' means; the mask dropped; position ids not restarted (OPT)."""
 
     def model() -> Any:  # adapters that already do something: all of their gradients differ from 0
         return lora(tiny(family), init_lora_weights=False) if kind == "lora" else tiny(family)
@@ -72,6 +73,7 @@ def test_one_gradient_is_that_of_transformers_trainer(tmp_path: Path, family: st
     found = gradients(ours)
     section = TrainSection(batch=len(ROWS), steps=1, lr=1e-3, clip=None, tokens_per_pass=64)
     outcome = fit(tmp_path / "run", ours, ROWS, section, kind=kind)
+    assert json.loads((tmp_path / "run" / "proof.json").read_text(encoding="utf-8"))["path"] == "engine"
     assert outcome.losses == pytest.approx([expected_loss], rel=1e-5)
     assert found.keys() == expected.keys()
     largest = max(value.abs().max() for value in expected.values())

@@ -82,14 +82,16 @@ class SummedLoss(nn.Module):
 
 def inputs(pass_: DevicePass) -> dict[str, Any]:
     """A pass as transformers takes it. A packed one carries a 4-D mask without content: such a mask is handed on as
-    it is, where none at all would be made up from the positions, as a square of the whole pass."""
+    it is, where none at all would be made up from the positions, as a square of the whole pass. A padded one has its
+    Layout only where dropout needs the keys: a model with code of its own may not take that argument."""
     packed = bool(pass_.layout.segments)
+    with_layout = {"layout": pass_.layout} if packed or pass_.layout.keys is not None else {}
     return {
         "input_ids": pass_.ids,
         "attention_mask": pass_.mask.new_empty(1, 1, 1, 0) if packed else pass_.mask,
         "position_ids": pass_.positions,
         "use_cache": False,
-        "layout": pass_.layout,
+        **with_layout,
     }
 
 
