@@ -27,6 +27,7 @@ from luthier.training.guard import CHECKED, Movement, clear_when_full, not_finit
 from luthier.training.monitor import Facts, Monitor
 from luthier.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
 from luthier.training.outcome import Outcome
+from luthier.training.room import check_room
 from luthier.training.start import base_dropout, choose_route, needs_autocast, recompute_activations
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Training:
     ) -> None:
         self.model, self.data, self.order, self.section, self.world = model, data, order, section, world
         self.folder, self.pad_id, self.write, self.monitor, self.say = folder, pad_id, write, monitor, say
-        self.best = folder.model if kind == "full" else folder.adapter
+        self.kind, self.best = kind, folder.model if kind == "full" else folder.adapter
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)
         self.warmup = warmup_steps(section, self.steps)
@@ -161,6 +162,17 @@ class Training:
         elif first:
             state.tokens_per_pass, line = measure(self.gradients, examples)
             self.say(line)
+        if self.world.leads:
+            check_room(
+                self.folder,
+                self.model,
+                self.parameters,
+                self.write,
+                section,
+                self.kind,
+                self.steps,
+                self.order.steps_per_epoch,
+            )
 
     def due(self, every: int | Literal["epoch"]) -> bool:
         """Is this the step for it? The last one always is."""
