@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +24,15 @@ from luthier.engine.dropout import keyed, set_keys
 from luthier.engine.loss import CHUNK, Head, head_of, logits, summed_cross_entropy
 from rows import tiny
 
-N = CHUNK["cpu"]
-PLACES = [0, 1, N - 1, N, N + 1, 2 * N + 44]
 WIDTH, WORDS = 32, 61
+N = 128
+"""Places of a chunk."""
+PLACES = [1, N - 1, N, N + 1, 2 * N + 44]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setitem(CHUNK, "cpu", N * WORDS)
 
 
 def numbers(places, dtype=torch.float32, width=WIDTH, words=WORDS):
@@ -85,7 +91,7 @@ KINDS = {
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("places", PLACES[1:])
+@pytest.mark.parametrize("places", PLACES)
 def test_loss_and_gradients_are_those_of_the_full_logits_in_fp64(places, kind, trains):
     hidden, targets = numbers(places)
     of = head(trains=trains, **KINDS[kind])
@@ -137,19 +143,44 @@ def test_words_that_the_vocabulary_only_pads_never_count():
     assert max(distances(mine, exact(hidden, targets, of))) < 1e-6
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_logits_in_the_hundreds(trains):
+    """exp(100) is more than fp32 holds. (Full logits in fp32 are 1.2e-6 off.)"""
+    hidden, targets = numbers(N + 5)
+    of = head(trains=trains)
+    hidden.data.mul_(50)
+    assert of.module(hidden).max() > 500
+    mine = results(summed_cross_entropy, hidden, targets, of)
+    assert max(distances(mine, exact(hidden, targets, of))) < 2e-6
+
+
+def test_a_bias_that_trains_on_a_frozen_weight():
+    hidden, targets = numbers(N + 5)
+    of = head(trains=True)
+    of.module.weight.requires_grad_(False)
+    mine = results(summed_cross_entropy, hidden, targets, of)
+    assert len(mine) == 3
+    assert max(distances(mine, exact(hidden, targets, of))) < 1e-6
+
+
 # Sixteen bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("factor", "times"), [(1.0, 1.01), (1 / 37, 1.4)])
-def test_bf16_is_no_further_from_the_truth_than_full_logits_are(factor, times, kind):
-    """A factor that is no power of two rounds the gradient once more: √2 at most, where full logits take it first."""
+@pytest.mark.parametrize(
+    ("trains", "factor", "times"), [(False, 1.0, 1.01), (False, 1 / 37, 1.4), (True, 1.0, 1.01), (True, 1 / 37, 1.01)]
+)
+def test_bf16_is_no_further_from_the_truth_than_full_logits_are(trains, factor, times, kind):
+    """Of a frozen head the gradient is there before the factor, and is rounded again with it: by √2 more at most.
+
+    Weights of 16 bits never train (they are turned into fp32 first), but adapters may stand on them.
+    """
     hidden, targets = numbers(2 * N + 44, torch.bfloat16)
-    of = head(dtype=torch.bfloat16, **KINDS[kind])
+    of = head(trains=trains, dtype=torch.bfloat16, **KINDS[kind])
     true = exact(hidden, targets, of)
     true = [true[0], true[1] * factor]
-    mine = distances(results(summed_cross_entropy, hidden, targets, of, factor), true)
-    theirs = distances(results(full, hidden, targets, of, factor), true)
+    mine = distances(results(summed_cross_entropy, hidden, targets, of, factor)[:2], true)
+    theirs = distances(results(full, hidden, targets, of, factor)[:2], true)
     assert mine[0] < 1.01 * theirs[0]
     assert 1e-3 < mine[1] < times * theirs[1] < 1e-2
 
@@ -157,7 +188,7 @@ def test_bf16_is_no_further_from_the_truth_than_full_logits_are(factor, times, k
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 def test_autocast_is_no_further_from_the_truth_than_with_full_logits(trains, kind):
-    """The weight's own gradient is the sum over 21 chunks, which is taken in fp32: in bf16 it is XXX times as far."""
+    """The weight's own gradient is the sum over 21 chunks, which is taken in fp32: in bf16 it is 1.8 times as far."""
     hidden, targets = numbers(20 * N + 44)
     of = head(trains=trains, **KINDS[kind])
     true = exact(hidden, targets, of)
@@ -202,8 +233,9 @@ class Work(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("trains", "softcap", "chunks"), [(False, None, 1.2), (False, 3.0, 2.2), (True, None, 3.3), (True, 3.0, 4.3)]
 )
-def test_never_places_times_words_in_memory(trains, softcap, chunks):
+def test_never_places_times_words_in_memory(monkeypatch, trains, softcap, chunks):
     """A chunk is 128 places × 5,000 words × 4 bytes; there are ten of them."""
+    monkeypatch.setitem(CHUNK, "cpu", N * 5000)
     hidden, targets = numbers(10 * N, width=8, words=5000)
     of = head(trains=trains, width=8, words=5000, softcap=softcap)
     chunk = N * 5000 * 4
@@ -239,9 +271,8 @@ def test_evaluation_computes_no_gradient():
         assert loss.item() == pytest.approx(expected, rel=1e-6)
         assert work.products() == 3
     with torch.no_grad():
-        assert summed_cross_entropy(hidden, targets, head(trains=True)).item() == pytest.approx(
-            full(hidden, targets, head()).item(), rel=1e-6
-        )
+        mine, true = (f(hidden, targets, head(trains=True)) for f in (summed_cross_entropy, full))
+    assert mine.item() == pytest.approx(true.item(), rel=1e-6)
 
 
 def test_autocast_casts_a_frozen_weight_once():
@@ -263,26 +294,31 @@ def test_the_device_is_never_waited_for(trains):
 # Real models
 
 
-def adapted(model, **config):
+def adapted(model, kind=LoraConfig, **config):
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that it is giving up
         torch.manual_seed(2)
-        return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **config))
+        return get_peft_model(model, kind(r=4, **config))
 
 
-def test_lora_on_the_head():
-    model = adapted(tiny("llama"), target_modules=["lm_head"])
+ADAPTERS = {"lora": (LoraConfig, {"init_lora_weights": False}, 2), "loha": (LoHaConfig, {"init_weights": False}, 4)}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_the_head(name):
+    kind, random, tensors = ADAPTERS[name]
+    model = adapted(tiny("llama"), kind, target_modules=["lm_head"], **random)
     hidden, targets = numbers(2 * N + 44)
     of = head_of(model.get_base_model())
     mine, true = results(summed_cross_entropy, hidden, targets, of), exact(hidden, targets, of)
-    assert len(mine) == 4  # the loss; gradients of the hidden states, A and B
+    assert len(mine) == 2 + tensors
     assert max(distances(mine, true)) < 1e-6
     with model.disable_adapter():
-        assert abs(summed_cross_entropy(hidden, targets, of).item() - true[0].item()) > 1
+        assert abs(summed_cross_entropy(hidden, targets, of).item() - true[0].item()) > 0.1
 
 
 def test_keyed_dropout_on_the_head_masks_each_place_by_its_own_key():
-    model = adapted(tiny("llama"), target_modules=["lm_head"], lora_dropout=0.3)
+    model = adapted(tiny("llama"), target_modules=["lm_head"], lora_dropout=0.3, init_lora_weights=False)
     hidden, targets = numbers(2 * N + 44)
     of = head_of(model.get_base_model())
     keys = torch.randint(-(2**63), 2**63 - 1, (len(targets),), generator=torch.Generator().manual_seed(4))

@@ -7,7 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from luthier.engine import attention, dropout, forward, loss, proof
 from luthier.engine.proof import prove, rows_to_prove
@@ -128,6 +135,15 @@ def test_what_cannot_be_packed_is_padded():
     assert found.route == "plain"
     assert found.lines == [
         "rows are padded, not packed, which is slower: FalconForCausalLM has an attention of its own"
+    ]
+
+
+def test_a_model_that_loses_the_layout_on_the_way_is_padded():
+    """StableLM hands nothing on to its attention; a mask without content is all that arrives there."""
+    found = proven(lora(StableLmForCausalLM(StableLmConfig(**SIZE, **ROTARY))))
+    assert found.route == "plain"
+    assert found.lines == [
+        "rows are padded, not packed, which is slower: StableLmForCausalLM takes no packed rows (RuntimeError)"
     ]
 
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from luthier.errors import ModelError
 from luthier.models.adapters import (
@@ -131,6 +139,15 @@ def test_a_target_that_matches_nothing_names_what_is_close_and_what_there_is(tmp
     assert "base_model.model.model.norm.modules_to_save.default.weight" in trainable(
         attach(llama, MethodSection(modules_to_save=["model.norm"]), 1, say=print)
     )
+
+
+def test_what_peft_cannot_adapt_is_one_line() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(ModelError, match=r"^target: this gpt2 model has no linear layers beside its head; name layers"):
+        attach(gpt2, MethodSection(), 1, say=print)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ModelError, match=r"^PEFT cannot adapt this mamba model: .* incompatible with Mamba-based"):
+        attach(mamba, MethodSection(), 1, say=print)
 
 
 def test_full_trains_everything_in_fp32(tmp_path: Path) -> None:

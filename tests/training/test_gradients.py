@@ -54,7 +54,14 @@ def test_a_step_that_does_not_fit_is_done_again_in_smaller_passes_and_comes_out_
     lines = [json.loads(line) for line in (tmp_path / "narrow" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["passes"] >= 3 for line in lines)  # also those after it: decided once
     state = json.loads((tmp_path / "narrow" / "checkpoints" / "step-000002" / "state.json").read_text())
-    assert state["state"]["tokens_per_pass"] <= 60
+    decided = state["state"]["tokens_per_pass"]
+    assert decided <= 60
+    said.clear()
+    resume = tmp_path / "narrow" / "checkpoints" / "step-000004"
+    again = fit(
+        tmp_path / "narrow", lora(tiny("llama"), lora_dropout=0.1), ROWS, section, say=said.append, resume=resume
+    )
+    assert again.losses == outcome.losses and not [line for line in said if "memory" in line or "rounding" in line]
 
 
 def test_a_row_that_does_not_fit_by_itself_is_one_line(tmp_path, monkeypatch):

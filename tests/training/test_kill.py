@@ -177,6 +177,16 @@ def test_killed_during(processes: Processes, straight: Straight, tmp_path: Path,
     resumed(processes, tmp_path / "run", straight.path)
 
 
+def test_an_adapter_that_was_moved_aside_comes_back(processes: Processes, straight: Straight, tmp_path: Path) -> None:
+    """Killed between the two renames that exchange it, and again before a better one can be written."""
+    run = tmp_path / "run"
+    killed(processes, run, moments_in(straight.places, "the exchange of the best adapter")[0])
+    assert not (run / "adapter").exists() and latest(run / "checkpoints") is not None
+    killed(processes, run, 200)
+    assert (run / "adapter").is_dir()
+    resumed(processes, run, straight.path)
+
+
 @pytest.mark.parametrize("file", ["save_file", "write_json"])
 def test_killed_in_the_middle_of_a_file(processes: Processes, straight: Straight, tmp_path: Path, file: str) -> None:
     """The system ends the process (SIGXFSZ) when state.safetensors or state.json of step 6 would pass 20,000 bytes."""

@@ -76,7 +76,7 @@ def attend(
             )
             return out, None
         allowed = _whole(query, key) if attention_mask is None else attention_mask
-        return _scores(query, key, value, allowed, scaling, dropout, softcap, s_aux).transpose(1, 2), None
+        return _scores(query, key, value, allowed, scaling, dropout, softcap, s_aux).transpose(1, 2).contiguous(), None
     _refuse_unknown(module, others)
     parts = []
     for start, stop in layout.segments:
@@ -89,8 +89,8 @@ def attend(
         else:
             allowed = _whole(q, k) if window is None else window
             part = _scores(q, k, v, allowed, scaling, dropout, softcap, s_aux)
-        parts.append(part)
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1), None  # contiguous, as some families' .view() needs it
 
 
 def _refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:

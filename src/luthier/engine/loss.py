@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import repeat
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from luthier.data.pack import NO_TARGET, Pass
 from luthier.engine.dropout import set_keys
 
-CHUNK = {"cpu": 128, "cuda": 512}
-"""Places that meet the vocabulary at once, by the type of the device."""
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Logits at once, by the type of the device: 6 bytes each and 4 more with a soft cap, about 14 where the head trains.
+
+cpu: 110 places of a vocabulary of 151,936 words. Chunks of 32 to 512 places take the same time within a few per cent,
+but none should be smaller: glibc cuts blocks below 32 MiB (2**24 logits in bf16) out of a heap, where what little is
+kept of each chunk breaks up the room for the next; 4,000 × 32,000 and a head that trains then took 780 MiB, not 240.
+cuda: four times as many, so that the weight is read less often; a judgement, not measured.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,10 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, keys: Tens
     hidden: [S, D]; targets: [S] ids; keys: [S] dropout keys of the places, for KeyedDropout inside the head. The sum
     over no places is 0 with gradients of 0, so that a process without any still takes part in the backward.
     """
+    words = cast(int, head.module.out_features)
+    rows = ceil(CHUNK[hidden.device.type] / words)
     if type(head.module) is nn.Linear and not any(weight.requires_grad for weight in head.module.parameters()):
-        return _of_frozen_head(hidden, targets, head)
-    rows = CHUNK[hidden.device.type]
+        return _of_frozen_head(hidden, targets, head, rows)
     keys_of_chunks = repeat(None) if keys is None else torch.split(keys, rows)
     # S = 0 is one empty chunk.
     chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), keys_of_chunks, strict=False)
@@ -84,7 +91,7 @@ def _of_chunk(hidden: Tensor, targets: Tensor, keys: Tensor | None, head: Head) 
         return F.cross_entropy(logits(hidden, head), targets, reduction="sum")
 
 
-def _of_frozen_head(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+def _of_frozen_head(hidden: Tensor, targets: Tensor, head: Head, rows: int) -> Tensor:
     linear, device = cast(nn.Linear, head.module), hidden.device.type
     weight: Tensor = linear.weight
     bias: Tensor | None = linear.bias
@@ -92,7 +99,7 @@ def _of_frozen_head(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     wanted = hidden.requires_grad and torch.is_grad_enabled()
-    return _FrozenHead.apply(hidden, targets, weight, bias, head.scale, head.softcap, wanted)  # type: ignore
+    return _FrozenHead.apply(hidden, targets, weight, bias, head.scale, head.softcap, rows, wanted)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -108,9 +115,9 @@ class _FrozenHead(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
+        rows: int,
         wanted: bool,
     ) -> Tensor:
-        rows = CHUNK[hidden.device.type]
         losses, gradients = [], []
         for h, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             loss, gradient = _loss_and_gradient(h, target, weight, bias, scale, softcap, wanted)
@@ -124,7 +131,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None, None, None, None
+        return gradient * upstream, None, None, None, None, None, None, None
 
 
 def _loss_and_gradient(
@@ -160,53 +167,3 @@ def _loss_and_gradient(
     if softcap is not None or scale != 1.0:
         z.mul_(slope)
     return losses, z.to(hidden.dtype) @ weight
-
-
-HEAD_IS_LAST = frozenset({"llama", "qwen2"})
-"""Families whose logits are head(decoder(ids)) and nothing else: no scale, no soft cap, no projection."""
-
-
-@dataclass(frozen=True)
-class DevicePass:
-    """A pass where the model is. ids, mask, positions: [B, L]; supervised: [S] places in B × L; targets: [S]."""
-
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    supervised: Tensor
-    targets: Tensor
-
-
-def on_device(pass_: Pass, device: torch.device) -> DevicePass:
-    """Move a pass. The supervised places are found before, so that the device is never waited for."""
-    targets = torch.from_numpy(pass_.targets).flatten()
-    supervised = (targets != NO_TARGET).nonzero().squeeze(1)
-    rows, length = pass_.ids.shape
-    return DevicePass(
-        ids=torch.from_numpy(pass_.ids).to(device),
-        mask=torch.from_numpy(pass_.mask).to(device),
-        positions=torch.arange(length, device=device).expand(rows, length),
-        supervised=supervised.to(device),
-        targets=targets[supervised].to(device),
-    )
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model inside a PeftModel, its adapters in place; any other model is its own."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def summed_loss(model: Any, pass_: DevicePass) -> Tensor:
-    """Sum of the cross entropy over the supervised tokens of a pass: a fp32 scalar.
-
-    `model` is a transformers causal model or a PeftModel around one. Only supervised places meet the vocabulary, in
-    HEAD_IS_LAST families; others make all their logits themselves.
-    """
-    base = base_of(model)
-    inputs = {"input_ids": pass_.ids, "attention_mask": pass_.mask, "position_ids": pass_.positions, "use_cache": False}
-    if base.config.model_type in HEAD_IS_LAST:
-        hidden = base.get_decoder()(**inputs).last_hidden_state  # [B, L, D]
-        logits = base.get_output_embeddings()(hidden.flatten(0, 1)[pass_.supervised])  # [S, V]
-    else:
-        logits = base(**inputs).logits.flatten(0, 1)[pass_.supervised]
-    return F.cross_entropy(logits.float(), pass_.targets, reduction="sum")

@@ -205,6 +205,10 @@ def _first_that_fits(
                 return way, tried
     except CannotPackError as error:
         tried["engine"] = {"reason": str(error)}
+    except Exception as error:  # a model that takes no Layout breaks anywhere, and trains plainly all the same
+        if is_full(error):
+            raise
+        tried["engine"] = {"reason": f"{type(base).__name__} takes no packed rows ({type(error).__name__})"}
     base.set_attn_implementation(before)
     return "plain", tried
 

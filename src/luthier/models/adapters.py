@@ -58,7 +58,11 @@ def attach(
     _say_untied(model, [*targets, *method.modules_to_save], say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # PEFT draws A on the CPU, so a seed gives the same adapter on every device
-        adapted = get_peft_model(model, config, revision=revision)
+        try:
+            adapted = get_peft_model(model, config, revision=revision)
+        except ValueError as error:
+            said = str(error).partition("\n")[0].rstrip(". ")
+            raise ModelError(f"PEFT cannot adapt this {model.config.model_type} model: {said}") from error
     _remember_biases(adapted, config)
     say(f"LoRA r {method.r}, alpha {method.alpha:g} on {' '.join(targets)}: {_share(adapted)}")
     return adapted
@@ -195,6 +199,8 @@ def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
             raise ModelError(
                 f"modules_to_save: {name} would take {more[0]} as well; write more of the name, as model.{name}"
             )
+    if isinstance(method.target, str) and not body:
+        raise ModelError(f"target: this {kind} model has no linear layers beside its head; name layers, or kind: full")
     if isinstance(method.target, str):
         return [name for name in _last_names(body) if name not in method.modules_to_save]
     candidates = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]

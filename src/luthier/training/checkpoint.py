@@ -38,6 +38,7 @@ class TrainState:
     """Where a run stands, beside its tensors and generators. The order of the data needs nothing but the step."""
 
     tokens_per_pass: int  # decided once: other cuts after a resume would round otherwise
+    asked: int | Literal["auto"] | None = None  # by the recipe, when that was decided
     route: Route = "engine"  # decided once, by the proof
     step: int = 0  # optimizer steps taken
     best_step: int | None = None

@@ -154,15 +154,16 @@ class Training:
             autocast=autocast,
             beat=self.monitor.beat,
         )
-        if section.tokens_per_pass != "auto":
-            if not first and state.tokens_per_pass != section.tokens_per_pass:
-                said = f"{state.tokens_per_pass:,} → {section.tokens_per_pass:,} tokens in a pass"
-                self.say(f"resume: {said}: the numbers will be equal only to rounding")
-            state.tokens_per_pass = section.tokens_per_pass
-        elif first:
-            state.tokens_per_pass, line = measure(self.gradients, examples)
-            self.say(line)
-        if self.world.leads:
+        if section.tokens_per_pass != state.asked:  # it is the recipe's as long as memory has not run out
+            state.asked = section.tokens_per_pass
+            if not first:
+                self.say(f"resume: train.tokens_per_pass is {state.asked} now: numbers will be equal only to rounding")
+            if state.asked == "auto":
+                state.tokens_per_pass, line = measure(self.gradients, examples)
+                self.say(line)
+            else:
+                state.tokens_per_pass = state.asked
+        if self.world.leads and state.step < self.steps:
             check_room(
                 self.folder,
                 self.model,
