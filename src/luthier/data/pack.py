@@ -45,9 +45,17 @@ def passes(examples: Examples, rows: np.ndarray, tokens_per_pass: int, apart: in
     return [pack(examples, rows[part]) for part in first_fit(examples.lengths[rows], tokens_per_pass, apart)]
 
 
-def padded_passes(examples: Examples, rows: np.ndarray, tokens_per_pass: int, pad_id: int) -> list[Pass]:
+def padded_passes(
+    examples: Examples, rows: np.ndarray, tokens_per_pass: int, pad_id: int, apart: int | None = None
+) -> list[Pass]:
     """The same as padded passes of at most `tokens_per_pass` places, padding counted: the plain twin."""
-    return [pad(examples, rows[part], pad_id) for part in cut(examples.lengths[rows], tokens_per_pass)]
+    lengths = examples.lengths[rows]
+    groups = (
+        [np.arange(len(rows))] if apart is None else [np.flatnonzero(lengths > apart), np.flatnonzero(lengths <= apart)]
+    )
+    return [
+        pad(examples, rows[group[part]], pad_id) for group in groups for part in cut(lengths[group], tokens_per_pass)
+    ]
 
 
 def first_fit(lengths: np.ndarray, tokens_per_pass: int, apart: int | None = None) -> list[np.ndarray]:

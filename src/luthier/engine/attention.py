@@ -78,6 +78,7 @@ def attend(
         allowed = _whole(query, key) if attention_mask is None else attention_mask
         return _scores(query, key, value, allowed, scaling, dropout, softcap, s_aux).transpose(1, 2).contiguous(), None
     _refuse_unknown(module, others)
+    _refuse_hidden_window(module, sliding_window)
     parts = []
     for start, stop in layout.segments:
         q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
@@ -100,6 +101,20 @@ def _refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
     for name, value in others.items():
         if value is not None and value is not False and name not in NOTHING_TO_ATTENTION:
             raise CannotPackError(f"{type(module).__name__} passes {name}, which is not known here")
+
+
+def _refuse_hidden_window(module: nn.Module, sliding_window: int | None) -> None:
+    """A window that is in the mask alone (Qwen2-MoE, Phi-MoE, Llama 4's chunks) would be lost with it."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[module.layer_idx] if kinds else "full_attention"
+    if sliding_window is not None or (kind == "full_attention" and (kinds or not _has_window(config))):
+        return
+    raise CannotPackError(f"{type(module).__name__} keeps its window in the mask")
+
+
+def _has_window(config: Any) -> bool:
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:

@@ -73,6 +73,9 @@ class SummedLoss(nn.Module):
     def forward(self, pass_: DevicePass) -> Tensor:
         base = base_of(self.model)
         head = head_of(base)
+        # For what gets no Layout: layers outside the decoder's, a padded pass through a model that takes no such
+        # argument. Each backward pass, which computes again, follows its own forward pass.
+        dropout.set_keys(self.model, pass_.layout.keys)
         keys = None if pass_.layout.keys is None else pass_.layout.keys[pass_.supervised]
         if self.route == "engine":
             hidden = base.get_decoder()(**inputs(pass_)).last_hidden_state  # [B, L, D]
@@ -82,25 +85,22 @@ class SummedLoss(nn.Module):
 
 def inputs(pass_: DevicePass) -> dict[str, Any]:
     """A pass as transformers takes it. A packed one carries a 4-D mask without content: such a mask is handed on as
-    it is, where none at all would be made up from the positions, as a square of the whole pass. A padded one has its
-    Layout only where dropout needs the keys: a model with code of its own may not take that argument."""
+    it is, where none at all would be made up from the positions, as a square of the whole pass."""
     packed = bool(pass_.layout.segments)
-    with_layout = {"layout": pass_.layout} if packed or pass_.layout.keys is not None else {}
     return {
         "input_ids": pass_.ids,
         "attention_mask": pass_.mask.new_empty(1, 1, 1, 0) if packed else pass_.mask,
         "position_ids": pass_.positions,
         "use_cache": False,
-        **with_layout,
+        **({"layout": pass_.layout} if packed else {}),
     }
 
 
 def own_logits(base: Any, head: Head, pass_: DevicePass) -> Tensor:
     """The logits of the supervised places as transformers computes them: [S, V], with a gradient."""
-    packed, keys = bool(pass_.layout.segments), pass_.layout.keys
-    if keys is not None:
-        dropout.set_keys(head.module, keys[pass_.supervised] if packed else keys)
-    if packed:
+    if pass_.layout.segments:
+        if pass_.layout.keys is not None:
+            dropout.set_keys(head.module, pass_.layout.keys[pass_.supervised])
         logits = base(**inputs(pass_), logits_to_keep=pass_.supervised).logits
         return logits.flatten(0, 1)  # type: ignore[no-any-return]
     return base(**inputs(pass_)).logits.flatten(0, 1)[pass_.supervised]  # type: ignore[no-any-return]
@@ -125,10 +125,3 @@ def rotary_border(model: Any) -> int | None:
     kinds = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
     borders = {int(r["original_max_position_embeddings"]) for r in kinds if r.get("rope_type") == "longrope"}
     return min(borders, default=None)
-
-
-def is_full(error: BaseException) -> bool:
-    """Is it the device's memory that has no room? torch has no type of its own for the CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )

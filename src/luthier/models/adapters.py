@@ -190,7 +190,9 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
     """Last names of the layers that get an adapter: the user's, or every linear layer but the head."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    body = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
+    # Some routers are linear layers that give back tuples: PEFT cannot adapt those.
+    plain = {name: module for name, module in linear.items() if type(module).forward is nn.Linear.forward}
+    body = [name for name, module in plain.items() if module is not model.get_output_embeddings()]
     kind = model.config.model_type
     layers = [name for name, module in model.named_modules() if _is_layer(module)]
     _check_names(method.modules_to_save, "modules_to_save", layers, kind)

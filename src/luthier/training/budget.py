@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from luthier.data.pack import Pass
+from luthier.engine.memory import free_memory
 from luthier.training.gradients import Gradients
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def kept_bytes(gradients: Gradients, part: Pass) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         torch.autograd.backward(gradients.loss(part) * 0)
         peak = torch.cuda.max_memory_allocated(device)
+        gradients.alone.zero_grad()
         return peak - before
     weights = {value.untyped_storage().data_ptr() for value in gradients.alone.parameters()}
     saved: dict[int, int] = {}
@@ -65,11 +66,3 @@ def kept_bytes(gradients: Gradients, part: Pass) -> int:
         loss = gradients.loss(part)
     del loss
     return sum(saved.values())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)

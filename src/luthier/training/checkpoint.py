@@ -83,7 +83,8 @@ def save(
     device = next(iter(parameters.values())).device
     with folder_atomic(target) as folder:
         write(folder)
-        weights = {} if _model_files(folder) else parameters
+        there = _names(folder)  # a whole model's files: but experts are stored under other names than they train by
+        weights = {name: parameter for name, parameter in parameters.items() if name not in there}
         save_file(_tensors(weights, parameters, optimizer, generators), folder / TENSORS)
         record = {
             "state": asdict(state),
@@ -206,6 +207,14 @@ def _check_names(folder: Path, there: set[str], here: set[str]) -> None:
 
 def _model_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
+
+
+def _names(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in _model_files(folder):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def _complete(checkpoints: Path) -> list[Path]:

@@ -65,7 +65,7 @@ class Gradients:
     ) -> Gradient:
         """Put the gradient of these rows into the parameters; `step` counts from 0.
 
-        Errors: torch.OutOfMemoryError, with the gradient at nothing again.
+        Errors: torch's own (memory.is_full) where memory runs out, with part of the gradient in the parameters.
         """
         mine = rows[deal(examples.lengths[rows], self.world.size)[self.world.rank]]
         parts = self.cut(examples, mine, tokens_per_pass)
@@ -101,7 +101,7 @@ class Gradients:
     def cut(self, examples: Examples, rows: np.ndarray, tokens_per_pass: int) -> list[Pass]:
         """These rows as passes: packed, or padded where the route is the plain one."""
         if self.route == "plain":
-            return padded_passes(examples, rows, tokens_per_pass, self.pad_id)
+            return padded_passes(examples, rows, tokens_per_pass, self.pad_id, self.border)
         return passes(examples, rows, tokens_per_pass, self.border)
 
     def one(self, examples: Examples, row: int) -> Pass:

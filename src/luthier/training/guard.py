@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 from torch import nn
 
-from luthier.engine.forward import is_full
+from luthier.engine.memory import is_full
 from luthier.errors import RunError
 from luthier.training.checkpoint import latest
 from luthier.training.launch import ECHO, launched

@@ -14,7 +14,9 @@ from torch import nn
 
 from luthier.data.batches import Order, total_steps
 from luthier.engine import dropout
-from luthier.engine.forward import adopt, is_full
+from luthier.engine.attention import CannotPackError
+from luthier.engine.forward import adopt
+from luthier.engine.memory import is_full
 from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
 from luthier.sections import TrainSection
@@ -67,7 +69,8 @@ def train(
     ):
         training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, world, resume)
         training.settle(resume is None, dropping, proof)
-        state, held_out, stopped = training.state, data.eval, None
+        state, held_out = training.state, data.eval
+        stopped = stop.signal if world.size == 1 else None
         if held_out is not None and state.step == 0:
             monitor.record(None, training.evaluate(held_out))
         while state.step < training.steps and not training.had_enough() and stopped is None:
@@ -144,7 +147,12 @@ class Training:
                 say=self.say,
             )
         elif state.route != "plain":
-            adopt(self.model)
+            try:
+                adopt(self.model)
+            except CannotPackError as error:
+                raise RunError(
+                    f"resume: {error}, which it had not when this run began; is it another version?"
+                ) from None
         self.gradients = Gradients(
             self.model,
             state.route,

@@ -12,7 +12,7 @@ from luthier.data.batches import Order
 from luthier.engine import dropout
 from luthier.engine.forward import Route, adopt, base_of
 from luthier.engine.proof import prove, rows_to_prove
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, write_json
 from luthier.sections import TrainSection
 from luthier.training.distributed import World
@@ -73,6 +73,8 @@ def choose_route(
         for line in found.lines:
             say(line)
         route = found.route
+        if world.size > 1 and (dead := found.record["without_gradient"]):
+            raise RunError(f"no gradient reaches {dead[0]} ({len(dead)} tensors): are they used in the forward pass?")
     route = world.share(route)
     if route != "plain":
         adopt(model)
