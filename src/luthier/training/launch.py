@@ -62,6 +62,8 @@ def speaks(error: LuthierError) -> bool:
 
 
 class Worker(NamedTuple):
+    """One of the processes, from the launcher's side; `line` is the pipe to it."""
+
     rank: int
     process: subprocess.Popen[bytes]
     line: Connection

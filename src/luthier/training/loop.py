@@ -162,15 +162,16 @@ class Training:
             autocast=autocast,
             beat=self.monitor.beat,
         )
-        if section.tokens_per_pass != state.asked:  # it is the recipe's as long as memory has not run out
-            state.asked = section.tokens_per_pass
-            if not first:
-                self.say(f"resume: train.tokens_per_pass is {state.asked} now: numbers will be equal only to rounding")
-            if state.asked == "auto":
+        if section.tokens_per_pass == "auto":
+            if first:
+                state.asked = "auto"
                 state.tokens_per_pass, line = measure(self.gradients, examples)
                 self.say(line)
-            else:
-                state.tokens_per_pass = state.asked
+        elif section.tokens_per_pass != state.asked:  # else memory may have run out meanwhile: what was decided holds
+            if not first:
+                now = section.tokens_per_pass
+                self.say(f"resume: train.tokens_per_pass is {now:,} now: numbers will be equal only to rounding")
+            state.asked = state.tokens_per_pass = section.tokens_per_pass
         if self.world.leads and state.step < self.steps:
             check_room(
                 self.folder,
