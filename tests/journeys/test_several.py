@@ -75,6 +75,7 @@ def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(two: Path, tmp_path:
     ]
 
 
+@pytest.mark.full  # tests/training/test_launch.py has torchrun's part of it
 def test_torchrun_starts_it_as_well_and_one_process_can_go_on(two: Path, tmp_path: Path) -> None:
     begin(tmp_path, train={"save_every": 2, "steps": 8})
     done = subprocess.run(
