@@ -107,7 +107,8 @@ def _flip(path: Path, at: int) -> None:
 def test_two_processes_share_one_entry(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "a.jsonl", [qa(f"Where {i}?", f"Town {i}.") for i in range(300)])
     code = f"import test_prepare as t; d = t.ready({path!r}); print(len(d.train), int(d.train.lengths.sum()))"
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path[:2]!r}; {code}"]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(here), str(here.parent)]!r}; {code}"]
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) for _ in range(2)
     ]
