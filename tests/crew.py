@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from luthier.errors import RecipeError, RunError
-from luthier.training.launch import launch, rank
+from luthier.training.launch import LostError, heeded, launch, rank, tell_run
 
 CPUS = ["cpu", "cpu"]
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
@@ -35,11 +35,15 @@ def introduce(folder, *, say):
     return seen
 
 
-def fail(how, *, say):
+def fail(how, folder=None, *, say):
     if how == "both":
         raise RecipeError("recipe.yaml:3: train.lr: wrong in every process")
     if rank() == 0:
+        if folder is not None:
+            tell_run(folder)
         time.sleep(60)  # as NCCL's collectives do
+    if folder is not None:
+        time.sleep(0.5)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "bug":
@@ -62,7 +66,7 @@ class OddError(OSError):
 def finish_the_step(*, say):
     """A step of a second that a signal does not shorten, with its end said."""
     came = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heeded():
         signal.signal(number, lambda number, frame: came.append(number))
     say(f"ready {os.getpid()}")
     while not came:
@@ -70,6 +74,18 @@ def finish_the_step(*, say):
     time.sleep(1)
     say(f"saved after {signal.Signals(came[0]).name}, signals: {len(came)}")
     return came[0]
+
+
+def part(*, say):
+    """The first is still at work when a signal ends the second one."""
+    came = []
+    if rank() == 0:
+        signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    say(f"ready {os.getpid()}")
+    while not came:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    raise LostError("another process of this run has ended")
 
 
 def load(*, say):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -106,6 +108,16 @@ def test_files_that_cannot_be_written_or_read_are_one_line(
         assert call("look", "r.yaml") == (2, "", f"error: {path}: {reason}\n")  # the file, not the temporary one
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_mistake_of_the_users(call: Call, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def full(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(verbs, "look", lambda *_, **__: write_atomic(Path("look.html"), "x"))
+    assert call("look", "r.yaml") == (1, "", f"error: look.html: {os.strerror(number)}; free some space\n")
+
+
 @pytest.mark.parametrize("verb", ["generate", "chat"])
 def test_standard_input_that_is_not_utf_8(call: Call, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("甄嬛\n".encode("gbk")), encoding="utf-8"))
@@ -114,7 +126,7 @@ def test_standard_input_that_is_not_utf_8(call: Call, monkeypatch: pytest.Monkey
     assert call(verb, "model") == (2, "", "error: standard input: not UTF-8 (byte 0); send UTF-8\n")
 
 
-@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_quickstart_that_is_stopped_says_how_to_go_on(
     call: Call, monkeypatch: pytest.MonkeyPatch, stop: int, status: int
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import luthier.merge
 from luthier.errors import ModelError, RunError
@@ -131,6 +131,17 @@ def test_scales_and_patterns_of_any_peft_adapter(tmp_path: Path) -> None:
     )
     merge(base, adapter, tmp_path / "merged", say=lambda line: None)
     assert (logits(load(tmp_path / "merged")) - expected).abs().max() < 2e-5
+
+
+def test_layers_that_are_stored_transposed(tmp_path: Path) -> None:
+    """GPT-2's Conv1D; its c_proj is square in attention, where a wrong turn would fit."""
+    base = tmp_path / "base"
+    GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=4)).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    expected = logits(tuned(base, tmp_path / "adapter"))
+    merge(base, tmp_path / "adapter", tmp_path / "out", say=lambda line: None)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:

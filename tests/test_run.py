@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import re
@@ -179,11 +180,18 @@ def test_resume_says_from_where_and_keeps_what_it_began_with(here: Path, monkeyp
     }
     said: Said = []
     run = begin(said, "generate.prompts=['Where is 8?']", resume=True)
-    assert "resume: from checkpoints/step-000002" in said
+    assert "resume: from checkpoints/step-000002" in said and not any("--no-proof" in line for line in said)
     assert {name: (folder.path / name).stat().st_mtime_ns for name in first} == first
     assert run.outcome is not None and run.outcome.steps == 4
     assert open_run(folder.path).recipe.generate.prompts == ["Where is 8?"]
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_resume_says_that_no_proof_changes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_after(monkeypatch, 3)
+    said: Said = []
+    begin(said, resume=True, proof=False)
+    assert said.count("resume: the proof belongs to a run's start: --no-proof changes nothing") == 1
 
 
 def test_resume_without_a_checkpoint_begins_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +269,58 @@ def test_one_process_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not held(folder)
 
 
+@pytest.mark.parametrize(
+    ("place", "stands"), [("_trained", "no checkpoint yet"), ("_write_samples", "it is trained to its end")]
+)
+def test_ctrl_c_beside_the_steps_says_what_there_is(
+    here: Path, monkeypatch: pytest.MonkeyPatch, place: str, stands: str
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    said: Said = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(luthier.run, place, interrupted)
+        begin(said)
+    assert said[-1] == f"interrupted; {stands}; go on with: luthier train runs/town --resume"
+    train("runs/town", say=said.append, resume=True)
+    assert Path("runs/town/samples.jsonl").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "x")])
+def test_a_run_whose_record_is_not_whole_leaves_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(path: Path, value: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RunError)) as caught:
+        patch.setattr(luthier.run, "write_json", fail)
+        begin([])
+    assert list((here / "runs").iterdir()) == []
+    if isinstance(error, OSError):
+        assert str(caught.value) == (
+            f"{here}/runs/town: no room left on the disk; last good checkpoint: none yet; "
+            "free some space and start again"
+        )
+    folder = killed_after(monkeypatch, 1)
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RunError)):
+        patch.setattr(luthier.run, "_record", lambda folder, bench: fail(folder.data, None))
+        begin([], resume=True)
+    assert folder.data.is_file()  # one that was begun stays
+
+
+def test_rows_longer_than_a_pass_are_said(here: Path) -> None:
+    said: Said = []
+    begin(said, "train.tokens_per_pass=5", "train.steps=2")
+    (line,) = [line for line in said if line.startswith("train.tokens_per_pass")]
+    assert re.fullmatch(
+        r"train.tokens_per_pass: 5, but the longest row has \d\d: such a row is a pass of its own", line
+    )
+    begin(said, "train.tokens_per_pass=500", "train.steps=2")
+    assert sum(line.startswith("train.tokens_per_pass") for line in said) == 1
+
+
 # -- what is left of it ----------------------------------------------------------------------------------------------
 
 
@@ -304,6 +364,24 @@ def test_where_base_weights_train_they_are_let_go_before_what_was_saved_is_loade
     run = begin([])
     assert kept[1] == {"meta"}
     assert sampled(run) == [run.generate("Where is 7?")]
+
+
+def test_a_run_answers_where_its_devices_are_not_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on another machine's GPUs. After full fine-tuning it is the run's own weights that are named."""
+    write_recipe(here, method={"kind": "full", "r": None})
+    run = begin([])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    far = Run(run.folder, run.recipe.model_copy(update={"train": run.recipe.train.model_copy(update={"devices": [5]})}))
+    said: Said = []
+    assert load_run(far, say=said.append).model.device.type == "cpu"
+    assert said == [
+        "train.devices: [5]: there is no GPU here; taken instead: cpu",
+        f"{run.folder.model}: weights in fp32: as the checkpoint stores them",
+    ]
+    load_run(far, base=True, say=said.append)
+    assert said[-1] == f"{here / 'model'}: weights in fp32: as the checkpoint stores them"
+    assert run.generate("Where is 7?") == far.generate("Where is 7?")
 
 
 def test_compare_lets_the_tuned_model_go_before_it_loads_the_base(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def recipe_page() -> str:
     later += [f"`{key}: {value}`" for key, values in FUTURE_VALUES.items() for value in sorted(values)]
     parts += [FOREIGN_HEAD, _table(("there", "called so by", "here"), theirs)]
     parts += ["Words for values:\n", _table(("key", "there", "here"), words)]
-    parts += ["## Not in this version yet\n", ", ".join(later) + ", more than one device.\n"]
+    parts += ["## Not in this version yet\n", ", ".join(later) + ".\n"]
     return "\n".join(parts)
 
 

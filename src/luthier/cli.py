@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
+import gc
 import json
 import os
 import sys
@@ -37,6 +40,7 @@ def main() -> None:
     """Entry point: a mistake of the user's is one line and exit 2; `--debug` shows the traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # text may hold what a terminal cannot show
+    atexit.register(gc.freeze)  # at the end Python looks for garbage in all that torch is made of: a second of nothing
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -53,8 +57,12 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        from luthier.folder import FULL
+
+        full = error.errno in FULL
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {what}{'; free some space' * full}", file=sys.stderr)
+        sys.exit(1 if full else 2)
 
 
 def _print_version(wanted: bool) -> None:
@@ -77,8 +85,15 @@ def _options(
 
 def say(line: str) -> None:
     """A line for the screen, at once; of several processes (under torchrun) the first one's alone."""
-    if rank() == 0:
+    if rank() != 0:
+        return
+    try:
         print(line, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        # The terminal was closed: nobody reads on, and SIGHUP, which came with it, stops a run after its step.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def aside(line: str) -> None:
@@ -136,7 +151,7 @@ def train(
 
     run = train_run(recipe, overrides or [], resume=resume, proof=not no_proof, say=say)
     _exit_if_stopped(run)
-    outcome, folder = run.outcome, _relative(run.folder.path)
+    outcome, folder = run.outcome, run.folder.shown
     assert outcome is not None
     say(f"{'model' if run.recipe.method.kind == 'full' else 'adapter'}: {outcome.saved}")
     say(f"next: luthier compare {folder} · luthier merge {folder} -o DIR · luthier chat {folder}")
@@ -227,7 +242,7 @@ def compare(
 
     opened = open_run(run)
     verbs.compare(opened, rows=rows, say=say)
-    say(f"next: luthier merge {_relative(opened.folder.path)} -o DIR")
+    say(f"next: luthier merge {opened.folder.shown} -o DIR")
 
 
 @app.command()
@@ -310,10 +325,5 @@ def _exit_if_stopped(run: Run) -> None:
     """A signal that ended the training ends the process, after the line that says how to go on."""
     outcome = run.outcome
     if outcome is not None and outcome.stopped is not None:
-        say(f"stopped at step {outcome.steps}; go on with: luthier train {_relative(run.folder.path)} --resume")
+        say(f"stopped at step {outcome.steps}; go on with: luthier train {run.folder.shown} --resume")
         sys.exit(128 + outcome.stopped)
-
-
-def _relative(path: Path) -> Path:
-    """A path as short as the user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -17,6 +17,7 @@ runs/<name>/
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -35,23 +36,27 @@ from luthier.errors import RecipeError, RunError
 TEMPORARY = r"\.(adapter|model|step-\d+|\w+\.(json|jsonl|yaml|md|html))\.(old|[a-z0-9_]{8})"
 """What write_atomic and folder_atomic call a thing in a run folder while it is being written, or on its way out."""
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system calls a disk that has no room for a file."""
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part (temporary file, fsync, rename)."""
     data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:  # it names the temporary file
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # it names the temporary file, or none
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -112,7 +117,11 @@ class RunFolder:
                 path.mkdir()
             except FileExistsError:
                 continue
-            (path / "checkpoints").mkdir()
+            try:
+                (path / "checkpoints").mkdir()
+            except OSError:
+                path.rmdir()
+                raise
             return cls(path)
         raise RunError(f"runs/{name} and 9,998 more of that name are taken; give another with run=NAME")
 
@@ -139,6 +148,14 @@ class RunFolder:
             who = f"another process (pid {status['pid']} by status.json)" if status else "another process"
             raise RunError(f"{self.path} is being trained by {who}; wait for it, or end it") from None
 
+    def standing(self) -> str:
+        """How far a run that broke off has come, and what goes on with it; without torch."""
+        steps = [int(path.name[5:]) for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        there = f"newest checkpoint: step {max(steps)}" if steps else "no checkpoint yet"
+        if self.status.is_file() and json.loads(self.status.read_text("utf-8"))["state"] == "done":
+            there = "it is trained to its end"
+        return f"{there}; go on with: luthier train {self.shown} --resume"
+
     def _clear(self) -> None:
         """Remove what a killed process left half written; an adapter that it had only moved aside comes back."""
         for place in (self.adapter, self.model):
@@ -148,6 +165,11 @@ class RunFolder:
         for path in [*self.path.glob(".*.*"), *self.checkpoints.glob(".*.*")]:
             if re.fullmatch(TEMPORARY, path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @property
+    def shown(self) -> Path:
+        """The path as short as the user would type it."""
+        return self.path.relative_to(Path.cwd()) if self.path.is_relative_to(Path.cwd()) else self.path
 
     @property
     def name(self) -> str:

@@ -48,7 +48,7 @@ PREFIX = "base_model.model."
 MERGEABLE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "fan_in_fan_out",
 }  # fmt: skip
 """LoRA options that a merge honours, or that only matter in training; any other must be at its default."""
 
@@ -156,7 +156,8 @@ def _changes(adapter: Path) -> dict[str, _Change]:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             b = tensors[key.replace("lora_A", "lora_B")]
-            changes[f"{module}.weight"] = _low_rank(tensor, b, _scale(config, module, tensor), transposed=False)
+            scale = _scale(config, module, tensor)
+            changes[f"{module}.weight"] = _low_rank(tensor, b, scale, transposed=config.fan_in_fan_out)
         elif name.endswith(".lora_embedding_A"):
             module = name.removesuffix(".lora_embedding_A")
             b = tensors[key.replace("embedding_A", "embedding_B")]
@@ -174,7 +175,7 @@ def _scale(config: LoraConfig, module: str, a: Tensor) -> float:
 
 
 def _low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> _Change:
-    """a: [r, in], b: [out, r]. An embedding stores its weight transposed, [in, out]."""
+    """a: [r, in], b: [out, r]. An embedding stores its weight transposed, [in, out], and GPT-2's Conv1D."""
 
     def apply(weight: Tensor) -> Tensor:
         delta = b.float() @ a.float()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from luthier.quiet import quiet
 from luthier.recipe import load_prompts, load_recipe, run_name, save_recipe
 from luthier.resume import check_same_data, resume_from, today_of, wanted
 from luthier.sections import Recipe, TrainSection
-from luthier.training.launch import launch, launched
+from luthier.training.launch import launch, launched, tell_run
 
 if TYPE_CHECKING:
     from luthier.compare import Comparison
@@ -93,16 +94,13 @@ def train(
         if begun is not None and world.leads:
             held.enter_context(begun.locked())
         bench = _workbench(chosen, begun, world, say)
-        folder = begun
-        if folder is None:
-            folder = world.share(RunFolder.create(run_name(chosen, Path(recipe)), Path.cwd()) if world.leads else None)
-            assert folder is not None
-            if world.leads:
-                held.enter_context(folder.locked())
-        if world.leads:
-            _record(folder, bench)
+        folder = world.share(_recorded(begun, run_name(chosen, Path(recipe)), bench, held) if world.leads else None)
+        assert folder is not None
+        held.enter_context(_interrupted(folder, say))
         say(f"run: {folder.path}")
         checkpoint = resume_from(folder, say) if begun else None
+        if checkpoint is not None and not proof:
+            say("resume: the proof belongs to a run's start: --no-proof changes nothing")
         run = Run(folder, chosen, _trained(folder, bench, world, checkpoint, proof, say))
         if world.leads and run.outcome is not None and run.outcome.stopped is None:
             _write_samples(run, bench, say)
@@ -112,15 +110,16 @@ def train(
 def load_run(run: Run, *, base: bool = False, say: Say = lambda _: None) -> Loaded:
     """A run's tuned model, ready to answer (`base`: the model that it started from). Errors: RunError, ModelError."""
     from luthier.models.adapters import load_adapter
-    from luthier.models.load import load_model, pick_device
+    from luthier.models.device import device_to_answer
+    from luthier.models.load import load_model
 
-    device = pick_device(run.recipe.train.devices)
+    device = device_to_answer(run.recipe.train.devices, say)
     path, tokenizer, encoder = load_encoder(run.recipe, say, today_of(run.folder))
     whole = run.recipe.method.kind == "full"
-    result = result_folder(run)
+    result, section = result_folder(run), run.recipe.model
     if whole and not base:
-        path = result
-    model = load_model(path, run.recipe.model, device, say=say)
+        path, section = result, section.model_copy(update={"name": str(result)})
+    model = load_model(path, section, device, say=say)
     if not whole and not base:
         model = load_adapter(model, result)
     return ready(model, tokenizer, encoder)
@@ -250,6 +249,37 @@ def _trained(
         resume=checkpoint,
         proof=proof,
     )
+
+
+def _recorded(begun: RunFolder | None, name: str, bench: Workbench, held: ExitStack) -> RunFolder:
+    """The run's folder with its record; a new one is `held` by this process, or gone where it cannot be written."""
+    from luthier.training.guard import clear_when_full
+
+    if begun is not None:
+        with clear_when_full(begun.checkpoints):
+            _record(begun, bench)
+        tell_run(begun.path)
+        return begun
+    folder = RunFolder.create(name, Path.cwd())
+    try:
+        held.enter_context(folder.locked())
+        with clear_when_full(folder.checkpoints, "free some space and start again"):
+            _record(folder, bench)
+    except BaseException:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    tell_run(folder.path)
+    return folder
+
+
+@contextmanager
+def _interrupted(folder: RunFolder, say: Say) -> Iterator[None]:
+    """Ctrl-C before the first step or after the last ends at once; first it is said what there is to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted; {folder.standing()}")
+        raise
 
 
 def _record(folder: RunFolder, bench: Workbench) -> None:

@@ -174,7 +174,7 @@ def test_long_rows_are_dropped_by_default_and_counted(tmp_path: Path) -> None:
     assert texts(data) == [row_text("Where?", "In town."), row_text("How?", "Well.")]
     assert data.report["dropped_for_length"] == 1
     assert data.rejected[0].line == 2 and "tokens too long" in data.rejected[0].reason
-    with pytest.raises(DataError, match="a.jsonl: 1 rows are longer than data.max_length 60 allows.*\n  a.jsonl:2: "):
+    with pytest.raises(DataError, match="a.jsonl: 1 row is longer than data.max_length 60 allows.*\n  a.jsonl:2: "):
         ready(path, max_length=60, too_long="error")
 
 
@@ -182,6 +182,16 @@ def test_more_than_half_dropped_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [qa("Where?", "In town."), qa("Who?", LONG), qa("How?", LONG)])
     with pytest.raises(DataError, match="2 of 3 rows are too long and would be dropped, more than half; raise data"):
         ready(path, max_length=60)
+    with pytest.raises(
+        DataError, match="3 of 3 rows cannot be cut to fit and would .* raise data.max_length .now 8.\n"
+    ):
+        ready(path, max_length=8, too_long="cut")
+
+
+def test_one_row_is_not_rows(tmp_path: Path) -> None:
+    section, said = DataSection(train=write(tmp_path / "a.jsonl", [qa("Where?", "In town.")])), list[str]()
+    prepare(section, Encoder(tiny_tokenizer(), section, TODAY), said.append)
+    assert ": 1 row encoded" in said[-2] and said[-1].startswith("data: 1 row to train on, ")
 
 
 @pytest.mark.parametrize("row", [qa("Who?", LONG), qa(LONG, "Me."), qa(LONG, LONG)])

@@ -21,10 +21,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, PersimmonConfig
 
-from luthier.engine.dropout import KeyedDropout, keep_table, keyed, set_keys, silence, token_keys
+from luthier.engine.dropout import KeyedDropout, check_keys, keep_table, keyed, of_base, set_keys, token_keys
 from luthier.errors import ModelError
-from rows import lora, random_rows, tiny, trained
+from rows import SIZE, lora, random_rows, tiny, trained
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 P = 0.1
@@ -219,8 +220,8 @@ def test_only_one_integer_a_token_is_kept_for_the_backward():
 def test_tokens_without_keys_are_refused_in_training_only(keys):
     module = dropout()
     module.keys = keys
-    told = "no keys" if keys is None else f"{len(keys)} keys"
-    with pytest.raises(ModelError, match=f"dropout on {Q_PROJ} cannot be keyed: {told} for 12 tokens.*dropout: 0"):
+    told = f"^LoRA dropout on {Q_PROJ} cannot be made independent of how rows are cut .*; set method.dropout: 0$"
+    with pytest.raises(ModelError, match=told):
         module(torch.ones(3, 4, 48))
     x = torch.ones(3, 4, 48)
     assert module.eval()(x) is x
@@ -357,7 +358,7 @@ def test_an_adapter_on_the_head_takes_keys_of_its_own():
     head = model.get_base_model().lm_head
     chosen = torch.from_numpy(keys_of(rows=1, length=7)).flatten()
     with keyed(model, 0):
-        with pytest.raises(ModelError, match="dropout on lm_head cannot be keyed: no keys for 7 tokens"):
+        with pytest.raises(ModelError, match="dropout on lm_head cannot be made independent"):
             head(torch.ones(7, 32))
         set_keys(head, chosen)
         hidden = torch.randn(7, 32)
@@ -436,23 +437,75 @@ def test_checkpoints_have_the_same_tensors_inside():
 # The base model's own dropout
 
 
-def test_silence_turns_off_every_dropout_of_the_base_and_says_what_it_was(tmp_path):
+def test_nothing_of_the_bases_own_dropout_is_left_inside_and_all_is_back_afterwards(tmp_path):
     base = tiny("opt", dropout=0.1)
     base.model.decoder.layerdrop = 0.2
     base.model.decoder.layers[1].self_attn.dropout = 0.05
     base.model.decoder.resid_dropout = nn.Dropout(0.3)
     model = lora(base, lora_dropout=0.4).train()
-    assert silence(model) == ["dropout 0.05", "dropout 0.1", "layerdrop 0.2", "resid_dropout 0.3"]
-    assert silence(model) == []
-    assert {module.p for module in own_dropouts(model)} == {0.0, 0.4}
-    assert len({gradients(model.eval(), CUTS["padded"]())[0] for _ in range(2)}) == 1
-    with keyed(model.train(), 0):
-        assert silence(model) == []
-        assert len({gradients(model, CUTS["padded"]())[0] for _ in range(2)}) == 1
-    base.save_pretrained(tmp_path)
+    own = of_base(model)
+    assert own.names == ["dropout 0.05", "dropout 0.1", "layerdrop 0.2", "resid_dropout 0.3"]
+    with own.off():
+        assert of_base(model).places == []
+        assert {module.p for module in own_dropouts(model)} == {0.0, 0.4}
+        with keyed(model, 0):
+            assert len({gradients(model, CUTS["padded"]())[0] for _ in range(2)}) == 1
+        with own.on():
+            base.save_pretrained(tmp_path)
+        assert base.config.dropout == 0.0
+    assert of_base(model).names == own.names
     assert json.loads((tmp_path / "config.json").read_text())["dropout"] == 0.1
 
 
-def test_a_model_without_dropout_has_nothing_to_silence():
-    assert silence(tiny("llama")) == []
-    assert silence(lora(tiny("qwen2"), lora_dropout=0.1)) == []
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (FalconConfig(**SIZE, hidden_dropout=0.1), ["hidden_dropout 0.1"]),
+        (PersimmonConfig(**SIZE, intermediate_size=48, attention_dropout=0.2), ["attention_dropout 0.2"]),
+        (
+            GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4),
+            ["attn_pdrop 0.1", "embd_pdrop 0.1", "resid_pdrop 0.1"],
+        ),
+    ],
+    ids=lambda given: getattr(given, "model_type", None),
+)
+def test_what_a_forward_reads_in_the_configuration_is_off_as_well(config, names):
+    """Sabotage: the configurations left out. Other heads' dropout (GPT-2's summary) is none of this model's."""
+    model = lora(AutoModelForCausalLM.from_config(config), fan_in_fan_out=config.model_type == "gpt2").train()
+    own = of_base(model)
+    assert own.names == names
+    with pytest.raises(KeyError), own.off():
+        assert len({gradients(model, CUTS["padded"]())[0] for _ in range(2)}) == 1
+        raise KeyError
+    assert len({gradients(model, CUTS["padded"]())[0] for _ in range(2)}) == 2
+
+
+def test_configurations_inside_of_another_are_found():
+    model = tiny("llama")
+    model.config.inner = FalconConfig(**SIZE, hidden_dropout=0.1)
+    model.model.config = FalconConfig(**SIZE, attention_dropout=0.2)
+    with of_base(model).off():
+        assert (model.config.inner.hidden_dropout, model.model.config.attention_dropout) == (0.0, 0.0)
+
+
+def test_a_model_without_dropout_has_nothing_to_turn_off():
+    assert of_base(tiny("llama")).names == []
+    assert of_base(lora(tiny("qwen2"), lora_dropout=0.1)).names == []
+
+
+def test_an_adapter_that_is_not_given_all_tokens_is_found_out_before_training():
+    """As an expert that is a module of its own. Sabotage: check_keys without dropout, or without keys."""
+
+    def few(module, args):
+        return (args[0][:, :3],)
+
+    model = adapted()
+    state = torch.get_rng_state()
+    check_keys(model)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.register_forward_pre_hook(few)
+    mlp.register_forward_hook(lambda module, args, out: torch.zeros(2, 8, 32))
+    with pytest.raises(ModelError, match=r"^LoRA dropout on model\.layers\.1\.mlp\.gate_proj cannot be made indep"):
+        check_keys(model)
+    check_keys(lora(tiny("llama")))

@@ -12,6 +12,8 @@ from transformers import (
     FalconForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     RecurrentGemmaConfig,
@@ -22,7 +24,10 @@ from transformers import (
 
 from luthier.engine import attention, dropout, forward, loss, proof
 from luthier.engine.proof import prove, rows_to_prove
-from luthier.sections import TrainSection
+from luthier.errors import ModelError
+from luthier.models.adapters import attach
+from luthier.quiet import quiet
+from luthier.sections import MethodSection, TrainSection
 from rows import ROTARY, SIZE, Rows, fit, lora, random_rows, tiny, trained
 
 CPU = torch.device("cpu")
@@ -186,14 +191,77 @@ def test_a_model_that_loses_the_layout_on_the_way_is_padded():
     found = proven(lora(StableLmForCausalLM(StableLmConfig(**SIZE, **ROTARY))))
     assert found.route == "plain"
     assert found.lines == [
-        "rows are padded, not packed, which is slower: StableLmForCausalLM takes no packed rows (RuntimeError)"
+        "rows are padded, not packed, which is slower: StableLmForCausalLM takes no packed rows "
+        "(RuntimeError: The size of tensor a (63) must match the size of tensor b (0) at non-singleton dimension 3)"
     ]
+
+
+@pytest.mark.parametrize("error", [ModelError("our own"), torch.OutOfMemoryError("full")], ids=type)
+def test_our_own_errors_are_not_taken_for_a_model_that_cannot_be_packed(monkeypatch, error):
+    def failing(model):
+        raise error
+
+    monkeypatch.setattr(proof, "adopt", failing)
+    with pytest.raises(type(error)):
+        proven(lora(tiny("llama")))
+
+
+def test_what_the_engine_was_found_to_be_stays_where_own_logits_break(monkeypatch):
+    def off(self, way, rows):
+        if way == "own_logits":
+            raise ValueError("x" * 200 + "\nmore")
+        return real(self, way, rows) * (1.5 if way == "engine" else 1)
+
+    real = proof._Bench.value
+    monkeypatch.setattr(proof._Bench, "value", off)
+    found = proven(lora(tiny("llama")))
+    assert found.record["tried"]["engine"]["difference"] == pytest.approx(0.5)
+    assert found.record["tried"]["own_logits"] == {
+        "reason": f"LlamaForCausalLM takes no packed rows (ValueError: {'x' * 120}…)"
+    }
+    assert [line.partition(":")[0] for line in found.lines] == [
+        "engine ≠ reference",
+        "rows are padded, not packed, which is slower",
+    ]
+
+
+def test_a_model_that_draws_random_numbers_is_said_and_padded():
+    """Mixtral's jitter, which no configuration calls dropout."""
+    torch.manual_seed(0)
+
+    def mixtral(**jitter):
+        config = MixtralConfig(**SIZE, **ROTARY, num_local_experts=4, **jitter)
+        return attach(MixtralForCausalLM(config), MethodSection(), 1, say=print)
+
+    quiet()
+    assert proven(mixtral()).route == "engine"
+    found = proven(mixtral(router_jitter_noise=0.1))
+    difference = found.record["tried"]["reference"]["difference"]
+    assert found.route == "plain" and difference > 1e-6
+    assert found.lines == [
+        "exactness does not hold for this model: something in it draws random numbers "
+        f"(one loss computed twice differs by {difference:.0e}); the plain path is used: rows padded, which is slower"
+    ]
+
+
+def test_a_draw_that_decides_nothing_and_kernels_that_do_not_repeat_themselves_are_no_randomness(monkeypatch):
+    """A layer may draw for nothing; atomics on a GPU add in another order."""
+    model = lora(tiny("llama"))
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: torch.rand([]) and None)
+    assert proven(model).route == "engine"
+    calls = iter(range(1000))
+    real = proof.reference_loss
+    monkeypatch.setattr(proof, "reference_loss", lambda model, pass_: real(model, pass_) * (1 + 1e-5 * next(calls)))
+    assert proven(lora(tiny("llama"))).route == "engine"
 
 
 def test_without_the_proof_the_loss_is_compared_all_the_same(monkeypatch):
     found = proven(lora(tiny("llama")), gradients=False)
     assert found.route == "engine" and found.record["gradients"] == 0
     assert found.lines == ["engine not proven, as asked; the loss of 2 rows is the reference's"]
+    assert found.record["rows"] == ["rows.jsonl:1", "rows.jsonl:4"]
+    one = proven(lora(tiny("llama")), rows=FOUR[:1], gradients=False)
+    assert one.lines == ["engine not proven, as asked; the loss of 1 row is the reference's"]
     sabotaged_mask(monkeypatch)
     assert proven(lora(tiny("llama")), gradients=False).route == "plain"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import ModelError
 from luthier.models.adapters import (
+    _is_linear,
     adapter_hash,
     adapter_off,
     attach,
@@ -33,7 +36,8 @@ from luthier.models.adapters import (
 )
 from luthier.models.load import load_model
 from luthier.quiet import quiet
-from luthier.sections import MethodSection, ModelSection
+from luthier.sections import MethodSection, ModelSection, TrainSection
+from rows import fit, random_rows
 from tiny import tiny_llama, tiny_qwen2, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -141,13 +145,93 @@ def test_a_target_that_matches_nothing_names_what_is_close_and_what_there_is(tmp
     )
 
 
-def test_what_peft_cannot_adapt_is_one_line() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4))
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_what_peft_cannot_adapt_is_one_line_with_our_own_key(kind: str) -> None:
+    sizes = {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "mamba2" else {}
+    config = AutoConfig.for_model(kind, vocab_size=61, hidden_size=32, num_hidden_layers=1, state_size=4, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError) as caught:
+        attach(model, MethodSection(), 1, say=print)
+    left = ["in_proj"] if kind == "mamba2" else ["in_proj", "x_proj"]
+    assert str(caught.value) == (
+        f"PEFT cannot adapt this {kind} model: Module 'out_proj' is incompatible with Mamba-based models "
+        f"(model_type='{kind}'); set method.target: [{', '.join(left)}]"
+    )
+    adapted = attach(AutoModelForCausalLM.from_config(config), MethodSection(target=left), 1, say=print)
+    adapted(input_ids=IDS % 61, labels=IDS % 61).loss.backward()
+    assert all(value.grad is not None for value in adapted.parameters() if value.requires_grad)
+
+
+def test_a_model_without_linear_layers_says_what_to_do() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=0, n_head=4))
     with pytest.raises(ModelError, match=r"^target: this gpt2 model has no linear layers beside its head; name layers"):
-        attach(gpt2, MethodSection(), 1, say=print)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ModelError, match=r"^PEFT cannot adapt this mamba model: .* incompatible with Mamba-based"):
-        attach(mamba, MethodSection(), 1, say=print)
+        attach(model, MethodSection(), 1, say=print)
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "targets"),
+    [
+        ("falcon", SMALL, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+        ("mixtral", EXPERTS, ATTENTION),
+        ("phimoe", EXPERTS, ATTENTION),
+        ("gpt_oss", {**EXPERTS, "head_dim": 8, "num_experts_per_tok": 2}, ATTENTION),
+        (
+            "llama4_text",
+            {**EXPERTS, "head_dim": 8, "intermediate_size_mlp": 48},
+            [*ATTENTION, "gate_proj", "up_proj", "down_proj"],
+        ),
+        ("gpt2", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}, ["c_attn", "c_proj", "c_fc"]),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_every_linear_layer_by_what_it_computes_not_by_its_class(kind: str, config: Any, targets: list[str]) -> None:
+    """Falcon's have a class and a forward of their own; routers (Phi-MoE, Llama 4) are linear by their class alone."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config))
+    adapted = attach(model, MethodSection(dropout=0.1), 1, say=print)
+    found = {name.split(".lora_")[0].rpartition(".")[2] for name in trainable(adapted)}
+    assert found == set(targets)
+    adapted.eval()(input_ids=IDS % 61, labels=IDS % 61).loss.backward()
+    assert all(value.grad is not None for value in adapted.parameters() if value.requires_grad)
+
+
+def test_a_layer_that_is_grouped_is_no_linear_layer() -> None:
+    assert not _is_linear(DeepseekV4GroupedLinear(8, 12, 4))
+    assert _is_linear(torch.nn.Linear(8, 12)) and _is_linear(Conv1D(8, 12)) and not _is_linear(torch.nn.Embedding(8, 8))
+
+
+def test_gpt2_trains_as_the_reference_says_and_plain_peft_loads_it(tmp_path: Path) -> None:
+    """Its layers are transformers' Conv1D, whose weights are stored transposed."""
+    config = GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's, where it has to correct fan_in_fan_out
+        model = attach(load(tmp_path / "base"), MethodSection(dropout=0.1), 1, say=print)
+    before = logits(model.eval())
+    section = TrainSection(batch=6, steps=4, lr=1e-2, warmup=0)
+    fit(tmp_path / "run", model, random_rows(12), section, write=lambda folder: save_adapter(model, folder))
+    assert json.loads((tmp_path / "run" / "proof.json").read_text())["path"] == "engine"
+    expected = logits(model.eval())
+    assert (expected - before).abs().max() > 0.01
+    folder = tmp_path / "run" / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert torch.equal(logits(load_adapter(load(tmp_path / "base"), folder)), expected)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder).eval()
+    assert torch.equal(logits(plain), expected)
+
+
+def test_dropout_that_cannot_be_keyed_is_refused_when_the_adapter_is_made(tmp_path: Path) -> None:
+    model = load(tiny_llama(tmp_path))
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda module, args: (args[0][:, :3],))
+    mlp.register_forward_hook(lambda module, args, out: torch.zeros(2, 8, 64))
+    with pytest.raises(ModelError, match=r"^LoRA dropout on model\.layers\.0\.mlp\..*; set method\.dropout: 0$"):
+        attach(model, MethodSection(dropout=0.1), 1, say=print)
 
 
 def test_full_trains_everything_in_fp32(tmp_path: Path) -> None:

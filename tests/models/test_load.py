@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from luthier.errors import ModelError, RecipeError
+from luthier.models.device import device_to_answer
 from luthier.models.load import (
     choose_dtype,
     end_ids,
@@ -114,8 +115,21 @@ def test_devices() -> None:
     assert pick_device("cpu") == pick_device(["cpu"]) == pick_device(["cpu", "cpu"], rank=1) == CPU
     if not torch.cuda.is_available():
         assert pick_device("auto") == CPU
-        with pytest.raises(RecipeError, match=r"^train.devices: \[0\]: there are 0 GPUs here, counted from 0$"):
+        with pytest.raises(RecipeError, match=r"^train.devices: \[0\]: there is no GPU here$"):
             pick_device([0])
+
+
+def test_where_a_runs_devices_are_not_there_another_one_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_to_answer([0], said.append) == torch.device("cuda", 0) and not said
+    assert device_to_answer([2, 3], said.append) == torch.device("cuda", 0)
+    assert said == ["train.devices: [2, 3]: there is one GPU here, number 0; taken instead: cuda:0"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device_to_answer([0], said.append) == CPU
+    assert said[1] == "train.devices: [0]: there is no GPU here; taken instead: cpu"
 
 
 def test_each_process_has_its_device_and_what_comes_after_has_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +158,13 @@ def test_footprint_counts_tied_weights_once(tmp_path: Path) -> None:
     tied = load(tiny_llama(tmp_path / "b", tie_word_embeddings=True), dtype="bf16")[0]
     count = sum(parameter.numel() for parameter in apart.parameters())
     assert count == 110_912
-    assert footprint(apart) == "0.4 MiB of weights (fp32), 0.1 M parameters"
+    assert footprint(apart) == "433.2 KiB of weights (fp32), 110,912 parameters"
     assert sum(parameter.numel() for parameter in tied.parameters()) == count - 384 * 64
-    assert footprint(tied) == "0.2 MiB of weights (bf16), 0.1 M parameters"
+    assert footprint(tied) == "168.6 KiB of weights (bf16), 86,336 parameters"
+    with torch.device("meta"):
+        assert (
+            footprint(torch.nn.Linear(50_000, 40_000, bias=False)) == "7.5 GiB of weights (fp32), 2,000.0 M parameters"
+        )
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

@@ -234,6 +234,23 @@ def test_the_command_line_on_a_disk_that_fills_up(
     assert steps(run) == list(range(1, 41))
 
 
+@pytest.mark.parametrize("leave", [0, 4096, 8192, 16384])
+def test_a_disk_that_is_full_when_a_run_begins(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave: int
+) -> None:
+    """With each number of bytes left another file of the run's record is the one that does not fit."""
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    begin(tmp_path / "here")
+    (tmp_path / "here" / "runs").symlink_to(small_disk)
+    fill(small_disk, leave)
+    with luthier(tmp_path / "here", "train", "town.yaml") as process:
+        errors = process.communicate()[1].splitlines()
+    assert process.returncode == 1 and len(errors) == 1, errors
+    assert errors[0].startswith(f"error: {tmp_path / 'here' / 'runs' / 'town'}") and "free some space" in errors[0]
+    if leave < 16384:
+        assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
 def begin(folder: Path) -> None:
     """A folder with a tiny model, 23 rows and a recipe."""
     tiny_llama(folder / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,4 +154,4 @@ def test_the_budget_follows_the_memory_that_is_free(monkeypatch, free, tokens):
     else:
         assert decided == tokens
     assert line.startswith(f"train.tokens_per_pass: auto is {decided:,} (longest row 30; ")
-    assert line.endswith(f" MiB a token, {free / 2**30:.1f} GiB free)")
+    assert re.search(rf"; \d+\.\d+ KiB a token, {free / 2**30:.1f} GiB free\)$", line)

@@ -16,6 +16,7 @@ from torch import nn
 from luthier.errors import RunError
 from luthier.training import guard
 from luthier.training.guard import Movement, clear_when_full, fingerprint, not_finite, stoppable
+from luthier.training.launch import STOPS
 from luthier.training.optim import set_lr
 
 
@@ -169,13 +170,13 @@ def test_other_errors_pass_through(tmp_path):
 def acted():
     """What the handlers of before were called with."""
     seen = []
-    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in STOPS}
     yield seen
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPS)
 def test_the_first_signal_asks_and_the_second_acts(monkeypatch, acted, number):
     monkeypatch.setattr(guard, "ECHO", 0.2)
     mine = signal.getsignal(number)
@@ -189,6 +190,17 @@ def test_the_first_signal_asks_and_the_second_acts(monkeypatch, acted, number):
         os.kill(os.getpid(), number)
         assert acted == [number]
     assert signal.getsignal(number) is mine
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_ignored_stays_ignored(acted, number):
+    """A script's `&` has SIGINT ignored, nohup SIGHUP."""
+    signal.signal(number, signal.SIG_IGN)
+    with stoppable() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM and signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_a_launched_process_always_finishes_its_step(monkeypatch, acted):

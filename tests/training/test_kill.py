@@ -36,7 +36,7 @@ DURING = {
     "the writing of a checkpoint's state.json": r"/save/write_json/write_atomic: ",
     "the flushing of a checkpoint": r"/save/folder_atomic/_flush: ",
     "the naming of a checkpoint": r"/save/folder_atomic: temporary\.replace",
-    "the removal of an old checkpoint": r"/_prune/rmtree",
+    "the removal of an old checkpoint": r"/prune/rmtree",
     "the writing of the best adapter": r"(?<!/save)/(folder_atomic|save_adapter): ",
     "the exchange of the best adapter": r"target\.replace\(old\) → \S+: temporary\.replace",
     "the making of metrics.jsonl": r"/begin/write_atomic: ",
@@ -46,7 +46,7 @@ DURING = {
 BETWEEN = {
     "optimizer step and metrics line": (r"optimizer\.step\(\)", r"/record: file\.write"),
     "metrics line and checkpoint": (r"/record: file\.write", r"/save: "),
-    "the names of two checkpoints": (r"/save/folder_atomic: temporary\.replace", r"/_prune: for leftover"),
+    "the names of two checkpoints": (r"/save/folder_atomic: temporary\.replace", r"/prune: for leftover"),
 }
 """After the first of these lines, and not yet at the second."""
 

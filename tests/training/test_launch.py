@@ -25,9 +25,9 @@ def soon(monkeypatch):
     monkeypatch.setattr(launching, "GRACE", 0.2)
 
 
-def failure(how):
+def failure(*how):
     with pytest.raises((RecipeError, RunError, OSError)) as error:
-        launch(crew.fail, (how,), 2, crew.say_nothing)
+        launch(crew.fail, how, 2, crew.say_nothing)
     return error.value
 
 
@@ -86,12 +86,45 @@ def test_operating_system_errors_come_back_as_such(soon, how, name, message):
     assert isinstance(error, OSError) and error.filename == name and str(error) == message
 
 
+KILLED = "process 2 of 2 was killed by SIGKILL (as the system does when memory runs out)"
+
+
 def test_a_killed_process_is_named(soon, capfd):
-    assert str(failure("killed")) == (
-        "process 2 of 2 was killed by SIGKILL (as the system does when memory runs out); "
-        "the newest checkpoint is whole: --resume"
-    )
+    assert str(failure("killed")) == KILLED
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("there", "status", "said"),
+    [
+        ([], None, "no checkpoint yet"),
+        (["step-000002", "step-1000000", ".step-1000002.abc"], "running", "newest checkpoint: step 1000000"),
+        (["step-000002"], "done", "it is trained to its end"),
+    ],
+)
+def test_it_is_said_where_a_killed_run_stands(soon, tmp_path, monkeypatch, there, status, said):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "town"
+    for name in there:
+        (run / "checkpoints" / name).mkdir(parents=True)
+    if status is not None:
+        (run / "status.json").write_text(json.dumps({"state": status}))
+    assert str(failure("killed", run)) == f"{KILLED}; {said}; go on with: luthier train runs/town --resume"
+
+
+def test_where_one_does_not_start_the_others_end(monkeypatch):
+    start, started = launching._start, []
+
+    def only_one(number, count, port):
+        if number:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(start(number, count, port))
+        return started[0]
+
+    monkeypatch.setattr(launching, "_start", only_one)
+    with pytest.raises(BlockingIOError):
+        launch(crew.load, (), 2, crew.say_nothing)
+    assert started[0].process.returncode == -signal.SIGKILL
 
 
 def test_a_bug_shows_its_traceback(soon, capfd):
@@ -113,13 +146,15 @@ def test_under_torchrun_the_first_process_says_what_all_have_found(soon, monkeyp
 class Launcher:
     """A launcher in a process group of its own, as a shell starts it; up to the first line of its first worker."""
 
-    def __init__(self, function, *arguments):
+    def __init__(self, function, *arguments, ignoring=None):
+        """`ignoring`: a signal, as nohup has it ignored."""
         self.process = subprocess.Popen(
             [sys.executable, CREW, "launch", function, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
+            preexec_fn=ignoring and (lambda: signal.signal(ignoring, signal.SIG_IGN)),
         )
         self.ready = self.process.stdout.readline()
         self.workers = workers_of(self.process.pid)
@@ -147,10 +182,29 @@ def is_there(pid):
         return False
 
 
-def test_a_signal_to_the_launcher_alone_is_waited_for():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_alone_is_waited_for(number):
     launcher = Launcher("finish_the_step")
+    launcher.process.send_signal(number)
+    assert launcher.end() == (128 + number, f"saved after {number.name}, signals: 1\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_ignored_stays_ignored(number):
+    """A script's `&` and nohup: neither the launcher nor a worker, signalled by itself, heeds it."""
+    launcher = Launcher("finish_the_step", ignoring=number)
+    for pid in (launcher.process.pid, *launcher.workers):
+        os.kill(pid, number)
+    time.sleep(0.3)
     launcher.process.terminate()
     assert launcher.end() == (143, "saved after SIGTERM, signals: 1\n", "")
+
+
+def test_who_misses_those_that_a_signal_ended_is_no_failure():
+    """Ctrl-C right after the last step: one process is still in it, and the other not any more."""
+    launcher = Launcher("part")
+    launcher.process.terminate()
+    assert launcher.end() == (-signal.SIGTERM, "", "")
 
 
 def test_ctrl_c_reaches_each_worker_once():
@@ -184,6 +238,23 @@ def test_before_training_a_signal_ends_it_as_it_ends_any_process(number):
     status, said, errors = launcher.end()
     assert (status, said) == (-number, "")
     assert errors.count("Traceback") == (number == signal.SIGINT)  # Python's own, of the launcher's KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_workers_start_ends_it_just_so(number):
+    """At any moment since there is a first one: Python shows a traceback where Ctrl-C meets its imports."""
+    for moment in range(10):
+        process = subprocess.Popen(
+            [sys.executable, CREW, "launch", "load"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        )  # fmt: skip
+        while not workers_of(process.pid):
+            time.sleep(0.001)
+        time.sleep(moment * 0.02)
+        os.killpg(process.pid, number)
+        errors = process.communicate(timeout=10)[1]
+        assert process.returncode == -number
+        assert errors.count("Traceback") == (number == signal.SIGINT) and "work()" not in errors, (moment, errors)
 
 
 def test_workers_do_not_outlive_a_killed_launcher():

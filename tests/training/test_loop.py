@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.data.batches import order_of
+from luthier.engine import proof
+from luthier.engine.attention import CannotPackError
 from luthier.errors import RecipeError, RunError
 from luthier.sections import TrainSection
 from luthier.training.checkpoint import TrainState
 from luthier.training.loop import Training, needs_autocast
-from rows import Rows, fit, lora, random_rows, tiny, trained
+from rows import SIZE, Rows, fit, lora, random_rows, tiny, trained
 
 ROWS = random_rows(24)
 HELD_OUT = random_rows(9, seed=1)
@@ -96,6 +99,53 @@ def test_activation_checkpointing_gives_the_same_numbers(tmp_path):
         "lora", lambda: lora(tiny("llama")), "lora", False
     )
     assert run("full", lambda: tiny("llama"), "full", True) == run("full", lambda: tiny("llama"), "full", False)
+
+
+@pytest.mark.parametrize("family", ["falcon", "persimmon"])
+def test_dropout_that_is_read_in_the_configuration_is_off_and_saved_as_it_was(tmp_path, family, monkeypatch):
+    """In any cut, packed or padded, the same run. Sabotage: dropout of modules alone turned off, or `write` inside."""
+
+    def run(name, **changes):
+        config = AutoConfig.for_model(family, **SIZE, hidden_dropout=0.1, attention_dropout=0.2)
+        torch.manual_seed(1)
+        model, said = AutoModelForCausalLM.from_config(config), []
+        section = TrainSection(**{"batch": 8, "steps": 4, "lr": 1e-3, "save_every": 2, **changes})
+        losses = fit(tmp_path / name, model, ROWS, section, kind="full", say=said.append).losses
+        assert (config.hidden_dropout, config.attention_dropout) == (0.1, 0.2)
+        for saved in ("model", "checkpoints/step-000002"):
+            kept = json.loads((tmp_path / name / saved / "config.json").read_text())
+            assert (kept["hidden_dropout"], kept["attention_dropout"]) == (0.1, 0.2)
+        return losses, said, json.loads((tmp_path / name / "proof.json").read_text())["path"]
+
+    losses, said, route = run("one pass", tokens_per_pass=1000)
+    assert route == ("plain" if family == "falcon" else "engine")
+    assert said[0] == (
+        "the base model's own attention_dropout 0.2, hidden_dropout 0.1 are off "
+        "(train.base_dropout: true gives them back)"
+    )
+    assert run("many", tokens_per_pass=30)[0] == pytest.approx(losses, rel=1e-5)
+    wanted, said, _ = run("wanted", base_dropout=True, tokens_per_pass=1000)
+    assert wanted != pytest.approx(losses, rel=1e-5)
+    assert said[0].startswith("train.base_dropout: drawn in sequence, so numbers depend on how rows are cut")
+
+    def refuse(model):
+        raise CannotPackError("as asked")
+
+    monkeypatch.setattr(proof, "adopt", refuse)
+    padded, _, route = run("padded", tokens_per_pass=1000)
+    assert route == "plain" and padded == pytest.approx(losses, rel=1e-5)
+
+
+def test_base_dropout_is_said_where_there_is_any(tmp_path):
+    said = []
+    section = TrainSection(batch=8, steps=2, base_dropout=True, save_every=1)
+    fit(tmp_path / "llama", lora(tiny("llama")), ROWS, section, say=said.append)
+    assert not [line for line in said if "base_dropout" in line]
+    fit(tmp_path / "opt", lora(tiny("opt", dropout=0.1)), ROWS, section, say=said.append)
+    changed = section.model_copy(update={"tokens_per_pass": 40})
+    resume = tmp_path / "opt" / "checkpoints" / "step-000001"
+    fit(tmp_path / "opt", lora(tiny("opt", dropout=0.1)), ROWS, changed, say=said.append, resume=resume)
+    assert "resume: train.tokens_per_pass is 40 now: numbers will differ (train.base_dropout)" in said
 
 
 def test_the_lines_of_a_run(tmp_path):

@@ -112,7 +112,7 @@ def _source(entry: DataFile, section: DataSection, encoder: Encoder, say: Callab
     store, warm = cached(key, lambda: _encode_source(files, shape, section, encoder, say), say)
     took = "from the cache" if warm else f"encoded in {time.monotonic() - began:.1f} s"
     source = Source(entry.path, files, shape, entry.weight, sha256, store)
-    say(f"data: {_short(entry.path)}: {len(np.unique(source.lines())):,} rows {took}; {shape.how}")
+    say(f"data: {_short(entry.path)}: {_rows(len(np.unique(source.lines())))} {took}; {shape.how}")
     return source
 
 
@@ -261,22 +261,31 @@ def _check_rows(source: Source, section: DataSection) -> None:
     total, name = len(status), _short(source.path)
     bad, long = np.flatnonzero(status == BAD), np.flatnonzero(status == TOO_LONG)
     if len(bad) == total:
-        raise DataError(f"{name}: all {total:,} rows are bad:\n{_named(source, bad)}")
+        raise DataError(
+            f"{name}: {'its one row is' if total == 1 else f'all {total:,} rows are'} bad:\n{_named(source, bad)}"
+        )
     if len(bad) and section.bad_rows == "error":
         raise DataError(
             f"{name}: {len(bad):,} of {total:,} rows cannot be used; put them right, or data.bad_rows: skip leaves "
             f"them out and lists them in rejected.jsonl:\n{_named(source, bad)}"
         )
     if len(long) and section.too_long == "error":
+        are = "is" if len(long) == 1 else "are"
         raise DataError(
-            f"{name}: {len(long):,} rows are longer than data.max_length {section.max_length} allows "
+            f"{name}: {_rows(len(long))} {are} longer than data.max_length {section.max_length} allows "
             f"(or max_prompt, max_answer), and too_long is error:\n{_named(source, long)}"
         )
     if len(long) * 2 > total - len(bad):
+        remedy = f"raise data.max_length (now {section.max_length})"
+        cut = "cannot be cut to fit" if section.too_long == "cut" else "are too long"
         raise DataError(
-            f"{name}: {len(long):,} of {total - len(bad):,} rows are too long and would be dropped, more than half; "
-            f"raise data.max_length (now {section.max_length}) or set data.too_long: cut\n{_named(source, long)}"
+            f"{name}: {len(long):,} of {total - len(bad):,} rows {cut} and would be dropped, more than half; "
+            f"{remedy}{'' if section.too_long == 'cut' else ' or set data.too_long: cut'}\n{_named(source, long)}"
         )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _named(source: Source, rows: np.ndarray) -> str:
@@ -344,7 +353,7 @@ def _report(
 
 def _summary(report: dict[str, Any]) -> str:
     """The line that tells what there is to train on, and what was left out and why."""
-    parts = [f"{report['train_rows']:,} rows to train on", f"{report['eval_rows']:,} held out"]
+    parts = [f"{_rows(report['train_rows'])} to train on", f"{report['eval_rows']:,} held out"]
     told = {
         "bad": "bad, left out",
         "dropped_for_length": "too long, dropped",

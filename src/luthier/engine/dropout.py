@@ -9,8 +9,9 @@ core 4 ms, where F.dropout takes 26 ms (benchmarks/dropout.py measures a whole s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from luthier.errors import ModelError
@@ -32,6 +34,9 @@ WIDEST = 1 << 17
 
 PIECE = 1 << 17
 """Elements of a piece on the CPU: 512 KiB in fp32 stay in a core's cache; fresh memory costs more than the product."""
+
+OTHER_HEADS = ("classifier", "summary")
+"""How the dropouts begin that a configuration keeps for heads which a language model has not."""
 
 
 def token_keys(seed: int, step: int, owners: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -75,10 +80,9 @@ class KeyedDropout(nn.Module):
             return x.to(self.dtype)
         columns = x.shape[-1]
         if self.keys is None or self.keys.numel() * columns != x.numel():
-            keys = "no keys" if self.keys is None else f"{self.keys.numel()} keys"
             raise ModelError(
-                f"dropout on {self.name} cannot be keyed: {keys} for {x.numel() // columns} tokens; "
-                "this model trains only with method.dropout: 0"
+                f"LoRA dropout on {self.name} cannot be made independent of how rows are cut (it is given other tokens "
+                "than those of the rows); set method.dropout: 0"
             )
         # Multiply-shift hash: the top bits of the product, which wraps. >> keeps the sign: bring it to 0 … 2**22 - 1.
         offsets = (self.keys * self.multiplier >> (64 - TABLE_BITS)) + (1 << (TABLE_BITS - 1))
@@ -163,10 +167,62 @@ def set_keys(module: nn.Module, keys: Tensor | None) -> None:
         dropout.keys = keys
 
 
-def silence(model: nn.Module) -> list[str]:
-    """Turn off the base model's own dropout, adapters and configuration left as they are; what it was, for the user.
+def check_keys(model: Any) -> None:
+    """Two rows through a PeftModel with its dropout. Errors: ModelError where an adapter is not given all their tokens.
 
-    As ["attention_dropout 0.1", "dropout 0.1"]. It is drawn in sequence: with it, a gradient depends on the cut.
+    (An expert of its own sees those alone that are sent to it.) Nothing changes; without dropout nothing is computed.
+    """
+    with keyed(model, 0) as dropping, of_base(model).off(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        if not dropping:
+            return
+        trains, device = model.training, next(model.parameters()).device
+        ids = torch.arange(16, device=device).view(2, 8) % model.get_input_embeddings().num_embeddings
+        set_keys(model, ids.flatten())
+        try:
+            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except TypeError:  # a model with other arguments: the proof says which
+            pass
+        finally:
+            model.train(trains)
+
+
+@dataclass(frozen=True)
+class BaseDropout:
+    """The base model's own dropout. places: (module or configuration, attribute, value); names: it all, for the user.
+
+    names are as ["attention_dropout 0.1", "dropout 0.1"].
+    """
+
+    places: list[tuple[Any, str, float]]
+    names: list[str]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, nothing of it is drawn. It comes in sequence: with it, a gradient depends on the cut."""
+        self._set(0.0)
+        try:
+            yield
+        finally:
+            self._set()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within `off`: its own values again, for a configuration that is saved meanwhile."""
+        self._set()
+        try:
+            yield
+        finally:
+            self._set(0.0)
+
+    def _set(self, value: float | None = None) -> None:
+        for holder, attribute, own in self.places:
+            setattr(holder, attribute, own if value is None else value)
+
+
+def of_base(model: nn.Module) -> BaseDropout:
+    """What the base model itself drops, in its modules and in its configurations, which some read in their forward.
+
+    Adapters are left out, and what a configuration says of other heads than the language model's.
     """
     adapters = {
         part
@@ -176,16 +232,37 @@ def silence(model: nn.Module) -> list[str]:
         if name != "base_layer"
         for part in child.modules()
     }
-    silenced = set()
-    for name, module in model.named_modules():
-        if module in adapters:
-            continue
-        for attribute, value in list(vars(module).items()):
-            is_module = attribute == "p" and isinstance(module, nn.Dropout)
-            if (is_module or "drop" in attribute) and isinstance(value, float) and value > 0:
-                setattr(module, attribute, 0.0)
-                silenced.add(f"{name.rpartition('.')[2] if is_module else attribute} {value:g}")
-    return sorted(silenced)
+    own = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if module not in adapters]
+    said = [place for config in _configs(module for _, module in own) for place in _drops(config)]
+    said = [place for place in said if not place[1].startswith(OTHER_HEADS)]
+    names = {f"{attribute} {value:g}" for _, attribute, value in said}
+    told, places = {value for *_, value in said}, list(said)
+    for name, module in own:
+        for place in _drops(module):
+            places.append(place)
+            if place[2] not in told:
+                names.add(f"{name if place[1] == 'p' else place[1]} {place[2]:g}")
+    return BaseDropout(places, sorted(names))
+
+
+def _drops(holder: Any) -> Iterator[tuple[Any, str, float]]:
+    """The attributes of a module or a configuration that are shares to be dropped."""
+    for attribute, value in vars(holder).items():
+        is_one = "drop" in attribute or (attribute == "p" and isinstance(holder, nn.Dropout))
+        if is_one and isinstance(value, float) and value > 0:
+            yield holder, attribute, value
+
+
+def _configs(modules: Iterable[nn.Module]) -> list[PretrainedConfig]:
+    """Every configuration that a module holds, and those inside of them, each once."""
+    found: dict[int, PretrainedConfig] = {}
+    waiting: list[Any] = [getattr(module, "config", None) for module in modules]
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            waiting += vars(config).values()
+    return list(found.values())
 
 
 def _take_keys(layer: nn.Module, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

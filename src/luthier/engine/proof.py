@@ -31,7 +31,7 @@ from luthier.engine.forward import (
     rotary_border,
 )
 from luthier.engine.memory import free_memory, is_full
-from luthier.errors import ModelError
+from luthier.errors import LuthierError, ModelError
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
@@ -46,6 +46,9 @@ TOLERANCE = {
 LEAK = 1e-4
 """Of the hidden states' spread: what a row's may move when the ids of its neighbours change. It is 0 but for kernels
 that do not repeat themselves; a recurrent state or convolution that crosses rows gives 5e-3 and more (measured)."""
+REPEATED = 1e-6
+"""Largest relative difference of a loss computed twice. More, where torch's random numbers moved on: something is drawn
+(kernels that do not repeat themselves draw nothing, and a draw may decide nothing)."""
 SMALL = 1e-3
 """Of the largest gradient's norm: what a smaller one is measured by. A gradient that is nothing by nature (that of a
 key's bias, which softmax does not see) is rounding alone."""
@@ -56,6 +59,8 @@ BOTH_WAYS = 6
 """Forward passes that a comparison costs: a backward pass is two, and there are the reference and the engine."""
 SHARE = 0.5
 """Of the free memory: what the reference's logits may take. Beyond it a CPU's process is killed without an error."""
+SAID = 120
+"""Characters of another's error message that are repeated."""
 STIRRED = 0.02
 """Standard deviation of what stands in for matrices of zeros (every B) meanwhile: else A would have no gradient."""
 
@@ -104,7 +109,7 @@ def prove(
     bench = _Bench(model, examples, pad_id, device, autocast, seed)
     name, of_loss, of_gradient = TOLERANCE[torch.bfloat16 if autocast else base_of(model).dtype]
     with _stirred(bench.parameters):
-        bench.first(rows[:FEW])  # warms caches and kernels up, and would tell a time far too long
+        first, drawn = bench.first(rows[:FEW])  # warms caches and kernels up, and would tell a time far too long
         looked = time.monotonic()
         few = bench.value("reference", rows[:FEW])
         a_place = (time.monotonic() - looked) / bench.places(rows[:FEW])
@@ -117,11 +122,17 @@ def prove(
             why = "the logits of the padded reference do not fit into memory"
         elif gradients:
             whole, why = bench.gradients_if_room("reference", rows), "the padded reference does not fit into memory"
-        route, tried = _first_that_fits(bench, rows, few, whole, of_loss, of_gradient)
+        route: Route = "plain"
+        differs = _relative(first, few)
+        if drawn and differs > REPEATED:
+            tried = {"reference": {"difference": differs, "of": "a loss computed twice"}}
+        else:
+            route, tried = _first_that_fits(bench, rows, few, whole, of_loss, of_gradient)
+    compared = rows if whole else rows[:FEW]
     record = {
         "path": route,
         "tried": tried,
-        "rows": [examples.origin(int(row)) for row in rows],
+        "rows": [examples.origin(int(row)) for row in compared],
         "gradients": len(whole[1]) if whole else 0,
         "without_gradient": [name for name, value in whole[1].items() if not value.any()] if whole else [],
         "tolerance": {"loss": of_loss, "gradients": of_gradient},
@@ -129,9 +140,9 @@ def prove(
         "dropout": seed is not None,
         "seconds": round(time.monotonic() - began, 3),
     }
-    said = _lines(route, tried, f"{len(rows)} rows, loss and {len(bench.parameters)} gradients; {name}", name)
+    said = _lines(route, tried, f"{_rows(rows)}, loss and {len(bench.parameters)} gradients; {name}", name)
     if whole is None and route != "plain":
-        said = [f"engine not proven, {why}; the loss of {len(rows[:FEW])} rows is the reference's"]
+        said = [f"engine not proven, {why}; the loss of {_rows(compared)} is the reference's"]
     return Proof(route, said, record)
 
 
@@ -154,13 +165,19 @@ class _Bench:
         """Of these rows padded."""
         return len(rows) * int(self.examples.lengths[rows].max())
 
-    def first(self, rows: np.ndarray) -> None:
-        """The reference for the first time. Errors: ModelError where the model does not take what it is given."""
+    def first(self, rows: np.ndarray) -> tuple[float, bool]:
+        """The reference for the first time, and whether torch's random numbers moved on by it.
+
+        Errors: ModelError where the model does not take what it is given.
+        """
+        before = _random_states(self.device)
         try:
-            self.value("reference", rows)
+            loss = self.value("reference", rows)
         except TypeError as error:
             name = type(base_of(self.model)).__name__
             raise ModelError(f"{name} does not take what a transformers model is given in training: {error}") from error
+        after = _random_states(self.device)
+        return loss, any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
 
     def logits_bytes(self, rows: np.ndarray) -> int:
         """Of the reference: the logits, their copy in fp32, its softmax and the gradient are three fp32 in all."""
@@ -238,6 +255,7 @@ def _first_that_fits(
 ) -> tuple[Route, dict[str, Any]]:
     """The route, and what was found about each that was tried: a difference and where it was, or a reason."""
     tried: dict[str, Any] = {}
+    way: Literal["engine", "own_logits"] = "engine"
     base = base_of(bench.model)
     before = base.config._attn_implementation
     try:
@@ -246,7 +264,7 @@ def _first_that_fits(
             raise CannotPackError(f"in {type(base).__name__} a row would depend on the rows beside it")
         for way in ("engine", "own_logits"):
             loss = _relative(bench.value(way, rows[:FEW]), few)
-            tried[way] = {"loss": loss, "difference": loss, "of": f"the loss of {len(rows[:FEW])} rows"}
+            tried[way] = {"loss": loss, "difference": loss, "of": f"the loss of {_rows(rows[:FEW])}"}
             if loss > of_loss:
                 continue
             found = bench.gradients_if_room(way, rows) if whole is not None else None
@@ -258,14 +276,32 @@ def _first_that_fits(
             if tried[way]["loss"] <= of_loss and differences[worst] <= of_gradient:
                 return way, tried
     except CannotPackError as error:
-        tried["engine"] = {"reason": str(error)}
+        tried[way] = {"reason": str(error)}
+    except LuthierError:
+        raise
     except Exception as error:  # a model that takes no Layout breaks anywhere, and trains plainly all the same
         if is_full(error):
             raise
-        tried["engine"] = {"reason": f"{type(base).__name__} takes no packed rows ({type(error).__name__})"}
+        tried[way] = {"reason": f"{type(base).__name__} takes no packed rows ({_short(error)})"}
     bench.model.zero_grad()
     base.set_attn_implementation(before)
     return "plain", tried
+
+
+def _short(error: Exception) -> str:
+    """What an error is and says, on one line of its own words at most."""
+    said = str(error).strip().partition("\n")[0]
+    said = said if len(said) <= SAID else f"{said[:SAID].rstrip()}…"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _rows(rows: np.ndarray) -> str:
+    return f"{len(rows)} row{'s' if len(rows) > 1 else ''}"
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of torch's generators that a model on this device may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _relative(value: float, reference: float) -> float:
@@ -293,11 +329,16 @@ def _lines(route: Route, tried: dict[str, Any], what: str, name: str) -> list[st
         if way == route:
             by = "engine" if way == "engine" else "engine with transformers' own logits"
             said.append(f"{by} = reference, {found['difference']:.0e} ({what})")
+        elif way == "reference":
+            said.append(
+                "exactness does not hold for this model: something in it draws random numbers (one loss computed twice "
+                f"differs by {found['difference']:.0e}); the plain path is used: rows padded, which is slower"
+            )
         elif "reason" in found:
             said.append(f"rows are padded, not packed, which is slower: {found['reason']}")
         else:
             said.append(f"{way.replace('_', ' ')} ≠ reference: {found['difference']:.0e} in {found['of']} ({name})")
-    if route == "plain" and "reason" not in tried["engine"]:
+    if route == "plain" and "reference" not in tried and not any("reason" in found for found in tried.values()):
         said.append("the plain path is used: rows padded, through transformers alone; it is slower")
     return said
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
+from luthier.engine import dropout
 from luthier.errors import ModelError
 from luthier.folder import write_json
 from luthier.models.load import Say
@@ -24,6 +27,8 @@ from luthier.sections import MethodSection
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+UNHEARD = "dt_proj"
+"""Of Mamba: it multiplies by this layer's weight itself, and an adapter on the layer gets no gradient."""
 MERGE_NOTE = "luthier_merge.json"
 """In a merged folder: which adapter it already contains, and whether that was verified."""
 
@@ -36,7 +41,8 @@ def attach(
     lora: a PeftModel with fp32 adapters, A drawn from `seed`, B zero. full: every parameter. Base weights that
     themselves train (full, biases, modules_to_save) are turned to fp32, because a step of lr × gradient is mostly
     below bf16's 8 bits and would be lost; train.precision decides on the arithmetic, by autocast.
-    Errors: ModelError when a name in target or modules_to_save matches no layer.
+    Errors: ModelError when a name in target or modules_to_save matches no layer, when PEFT cannot adapt one, or when
+    an adapter's dropout would depend on how rows are cut.
     """
     if (method.kind == "full" or method.bias != "none" or method.modules_to_save) and model.dtype != torch.float32:
         say(f"weights turned from {name_of(model.dtype)} to fp32: those that train would lose small updates")
@@ -53,6 +59,7 @@ def attach(
         lora_dropout=method.dropout,
         bias=method.bias,
         target_modules=targets,
+        fan_in_fan_out=_is_transposed(model, targets),
         modules_to_save=method.modules_to_save or None,
     )
     _say_untied(model, [*targets, *method.modules_to_save], say)
@@ -61,8 +68,8 @@ def attach(
         try:
             adapted = get_peft_model(model, config, revision=revision)
         except ValueError as error:
-            said = str(error).partition("\n")[0].rstrip(". ")
-            raise ModelError(f"PEFT cannot adapt this {model.config.model_type} model: {said}") from error
+            raise _refused(model, targets, error) from error
+    dropout.check_keys(adapted)
     _remember_biases(adapted, config)
     say(f"LoRA r {method.r}, alpha {method.alpha:g} on {' '.join(targets)}: {_share(adapted)}")
     return adapted
@@ -189,10 +196,8 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
     """Last names of the layers that get an adapter: the user's, or every linear layer but the head."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    # Some routers are linear layers that give back tuples: PEFT cannot adapt those.
-    plain = {name: module for name, module in linear.items() if type(module).forward is nn.Linear.forward}
-    body = [name for name, module in plain.items() if module is not model.get_output_embeddings()]
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    body = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
     kind = model.config.model_type
     layers = [name for name, module in model.named_modules() if _is_layer(module)]
     _check_names(method.modules_to_save, "modules_to_save", layers, kind)
@@ -205,11 +210,43 @@ def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
         raise ModelError(f"target: this {kind} model has no linear layers beside its head; name layers, or kind: full")
     if isinstance(method.target, str):
         return [name for name in _last_names(body) if name not in method.modules_to_save]
-    candidates = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    candidates = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))]
     _check_names(method.target, "target", candidates, kind, shown=_last_names(body))
     if twice := sorted(set(method.target) & set(method.modules_to_save)):
         raise ModelError(f"target and modules_to_save both name {', '.join(twice)}; train it one way or the other")
     return list(method.target)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Does it give back what a linear layer does? Conv1D is one, stored transposed (GPT-2).
+
+    Some that are called so do not: routers give back tuples, grouped layers other shapes; PEFT would break them.
+    """
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    given = torch.linspace(-1, 1, module.in_features).to(module.weight).expand(2, -1)
+    try:
+        with torch.no_grad():
+            found, expected = module(given.clone()), nn.functional.linear(given, module.weight, module.bias)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2)
+
+
+def _is_transposed(model: nn.Module, targets: Sequence[str]) -> bool:
+    """Does the first layer that the targets name store its weight transposed? PEFT wants to be told (and is, once)."""
+    named = (module for name, module in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets))
+    return isinstance(next(named, None), Conv1D)
+
+
+def _refused(model: PreTrainedModel, targets: Sequence[str], error: ValueError) -> ModelError:
+    """What PEFT says, without the advice that names its own options, and with ours."""
+    said = re.sub(r"^\[PEFT:\S+\] ", "", re.split(r"\n|\. ", str(error))[0]).rstrip(". ")
+    others = [name for name in targets if f"'{name}'" not in str(error) and name != UNHEARD]
+    remedy = f"set method.target: [{', '.join(others)}]" if 0 < len(others) < len(targets) else "set method.kind: full"
+    return ModelError(f"PEFT cannot adapt this {model.config.model_type} model: {said}; {remedy}")
 
 
 def _check_names(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from luthier.errors import RecipeError
@@ -19,8 +21,21 @@ def pick_device(devices: Devices, rank: int = 0) -> torch.device:
     if not indices:
         return torch.device("cpu")
     if max(indices) >= (there := torch.cuda.device_count()):
-        raise RecipeError(f"train.devices: {indices}: there are {there} GPUs here, counted from 0")
+        here = {0: "there is no GPU here", 1: "there is one GPU here, number 0"}
+        raise RecipeError(
+            f"train.devices: {indices}: {here.get(there, f'there are {there} GPUs here, counted from 0')}"
+        )
     return torch.device("cuda", indices[rank])
+
+
+def device_to_answer(devices: Devices, say: Callable[[str], None]) -> torch.device:
+    """The first of `train.devices`; where they are not all there (the run may come from another machine), auto's."""
+    try:
+        return pick_device(devices)
+    except RecipeError as error:
+        device = pick_device("auto")
+        say(f"{error}; taken instead: {device}")
+        return device
 
 
 def idle_gpus(devices: Devices) -> str | None:

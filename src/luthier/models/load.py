@@ -180,13 +180,16 @@ def window_of(model: Any) -> int | None:
 
 
 def footprint(model: torch.nn.Module) -> str:
-    """Size in one line, shared weights counted once: "2.5 MiB of weights (fp32), 0.6 M parameters"."""
+    """Size in one line, shared weights counted once: "2.5 MiB of weights (fp32), 655,000 parameters"."""
     parameters = list(model.parameters())
-    size = float(sum(parameter.numel() * parameter.element_size() for parameter in parameters))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    count = sum(parameter.numel() for parameter in parameters)
     formats = ", ".join(dict.fromkeys(name_of(parameter.dtype) for parameter in parameters))
-    unit = "MiB" if size < 2**30 else "GiB"
-    count = sum(parameter.numel() for parameter in parameters) / 1e6
-    return f"{size / 2 ** (20 if unit == 'MiB' else 30):,.1f} {unit} of weights ({formats}), {count:,.1f} M parameters"
+    power, unit = next(
+        (p, u) for p, u in ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "bytes")) if size >= 2**p or not p
+    )
+    told = f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
+    return f"{size / 2**power:,.1f} {unit} of weights ({formats}), {told} parameters"
 
 
 def read_config(path: Path) -> dict[str, Any]:

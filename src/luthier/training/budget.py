@@ -36,8 +36,17 @@ def measure(gradients: Gradients, examples: Examples) -> tuple[int, str]:
     affordable = int(SHARE * free / max(a_token, 1))
     tokens = max(longest, min(TOKENS_PER_PASS[device.type], affordable))
     tokens = min(world.gather(tokens))
-    reason = f"{a_token / 1024**2:.2f} MiB a token, {free / GIB:.1f} GiB free"
+    kept = f"{a_token / 1024**2:.2f} MiB" if a_token >= 1024**2 else f"{a_token / 1024:.1f} KiB"
+    reason = f"{kept} a token, {free / GIB:.1f} GiB free"
     return tokens, f"train.tokens_per_pass: auto is {tokens:,} (longest row {longest:,}; {reason})"
+
+
+def longer(tokens: int, examples: Examples) -> list[str]:
+    """The line, if it is due, that rows are longer than the pass that the recipe asks for."""
+    longest = int(examples.lengths.max())
+    if longest <= tokens:
+        return []
+    return [f"train.tokens_per_pass: {tokens:,}, but the longest row has {longest:,}: such a row is a pass of its own"]
 
 
 def kept_bytes(gradients: Gradients, part: Pass) -> int:

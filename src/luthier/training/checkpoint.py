@@ -93,7 +93,7 @@ def save(
             "environment": _environment(device, len(generators)),
         }
         write_json(folder / STATE, record)
-    _prune(checkpoints, keep)
+    prune(checkpoints, keep)
     return target
 
 
@@ -110,10 +110,12 @@ def load(
     say: Callable[[str], None],
     rank: int = 0,
     processes: int = 1,
+    exact: bool = True,
 ) -> TrainState:
     """Put a checkpoint into the trainable parameters, the optimizer and every generator; give back its TrainState.
 
     This is the process `rank` of `processes`; one that the checkpoint does not know takes the first one's generators.
+    Not `exact` (train.base_dropout): what is drawn in sequence depends on where it is computed.
 
     Errors: RunError where the folder is damaged or was written for other trainable tensors.
     """
@@ -131,7 +133,8 @@ def load(
     here, there = _environment(device, processes), record["environment"]
     changed = [f"{key} {there[key]} → {here[key]}" for key in here if here[key] != there[key]]
     if changed:
-        say(f"resume: {', '.join(changed)}: the numbers will be equal only to rounding")
+        then = "be equal only to rounding" if exact else "differ (train.base_dropout)"
+        say(f"resume: {', '.join(changed)}: the numbers will {then}")
     return TrainState(**record["state"])
 
 
@@ -223,7 +226,7 @@ def _complete(checkpoints: Path) -> list[Path]:
     return sorted((path for path in found if (path / STATE).is_file()), key=lambda path: int(path.name[5:]))
 
 
-def _prune(checkpoints: Path, keep: int | Literal["all"]) -> None:
+def prune(checkpoints: Path, keep: int | Literal["all"]) -> None:
     for leftover in checkpoints.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
     if keep != "all":

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, RunError
 from luthier.models.device import pick_device
 from luthier.sections import Devices
 from luthier.training.launch import LostError, launched, rank
@@ -131,15 +131,26 @@ def join(devices: Devices) -> Iterator[World]:
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
-    with _lost():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    with lost():
+        _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         yield world
         world.wait()  # torchrun ends all when one ends: the first may still be writing
         dist.destroy_process_group()
 
 
+def _meet(backends: str) -> None:
+    """All processes find each other. Errors: RunError where another program took the port since it was found free."""
+    try:
+        dist.init_process_group(backends, timeout=TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise RunError(f"port {port}, where the processes meet, is in use by another program; start again") from error
+
+
 @contextmanager
-def _lost() -> Iterator[None]:
+def lost() -> Iterator[None]:
     """What torch says when another process is gone → LostError. gloo's own errors are plain RuntimeErrors."""
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import signal
 import threading
@@ -18,8 +17,9 @@ from torch import nn
 
 from luthier.engine.memory import is_full
 from luthier.errors import RunError
+from luthier.folder import FULL
 from luthier.training.checkpoint import latest
-from luthier.training.launch import ECHO, launched
+from luthier.training.launch import ECHO, heeded, launched
 
 CHECKED = 3
 """Steps after which every trainable tensor must have moved: LoRA's A moves from the second step on, when B is not 0."""
@@ -27,7 +27,6 @@ CHECKED_AGAIN = 20
 """Where rounding swallows the first steps of a warm-up: then, or at the end of a longer warm-up."""
 NAMED = 5
 """Rows or tensors that a message names at most."""
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -122,7 +121,7 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """SIGINT and SIGTERM only set `Stop.signal`: the step in hand is finished. A second one acts as it always does.
+    """A signal of launch.STOPS only sets `Stop.signal`: the step in hand is finished. A second acts as it always does.
 
     An echo of the first does not (launch.ECHO); nor does any other in a process that Luthier or torchrun launched: the
     system may signal all of them, and then the launcher passes its own on. That one ends all where it has to be.
@@ -131,7 +130,7 @@ def stoppable() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in heeded()}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -154,7 +153,7 @@ def stoppable() -> Iterator[Stop]:
 
 
 @contextmanager
-def clear_when_full(checkpoints: Path) -> Iterator[None]:
+def clear_when_full(checkpoints: Path, remedy: str = "free some space and resume") -> Iterator[None]:
     """One line instead of a traceback when the disk or the device's memory has no room. Errors: RunError."""
     try:
         yield
@@ -168,7 +167,7 @@ def clear_when_full(checkpoints: Path) -> Iterator[None]:
             raise
         last = latest(checkpoints) or "none yet"
         raise RunError(
-            f"{checkpoints.parent}: no room left on the disk; last good checkpoint: {last}; free some space and resume"
+            f"{checkpoints.parent}: no room left on the disk; last good checkpoint: {last}; {remedy}"
         ) from error
 
 

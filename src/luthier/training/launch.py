@@ -7,6 +7,8 @@ and kills after 30 s whoever is still finishing a step (measured with torch 2.13
 
 from __future__ import annotations
 
+import atexit
+import gc
 import math
 import os
 import signal
@@ -18,7 +20,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,12 +31,19 @@ from luthier.errors import LuthierError, RunError
 Result = TypeVar("Result")
 Say = Callable[[str], None]
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to stop: Ctrl-C, the system or a scheduler, the closing of its terminal."""
 LINE = "LUTHIER_LAUNCHER"
 """The environment variable with the file descriptor over which a worker talks with its launcher."""
 GRACE = 10.0
 """Seconds that the others have to end by themselves once one has failed. gloo tells them, NCCL may wait for ever."""
+TICK = 0.5
+"""Seconds until a signal is seen at the latest: Python does not see one that comes just as it begins to wait."""
 ECHO = 1.0
 """Seconds within which a second signal is the first one again: `timeout` signals its child, then its child's group."""
+
+_lines: list[Connection] = []
+"""The one to the launcher, in a worker that `launch` started."""
 
 
 class LostError(RunError):
@@ -61,6 +72,11 @@ def speaks(error: LuthierError) -> bool:
     return False
 
 
+def heeded() -> list[signal.Signals]:
+    """STOPS without those that whoever started this process has it ignore: `nohup` SIGHUP, a script's `&` SIGINT."""
+    return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 class Worker(NamedTuple):
     """One of the processes, from the launcher's side; `line` is the pipe to it."""
 
@@ -69,34 +85,68 @@ class Worker(NamedTuple):
     line: Connection
 
 
+@dataclass
+class Heard:
+    """What the workers told. results: what the first gave back, if it did; failures: in the order they came."""
+
+    results: list[Any] = field(default_factory=list)
+    failures: list[Exception] = field(default_factory=list)
+    run: Path | None = None
+
+    def standing(self) -> str:
+        """The end of a message: where the run stands, if there is one yet."""
+        from luthier.folder import RunFolder
+
+        return f"; {RunFolder(self.run).standing()}" if self.run else ""
+
+
 def launch(call: Callable[..., Result], arguments: tuple[Any, ...], count: int, say: Say) -> Result:
     """Run `call(*arguments, say=…)` in `count` new processes; gives back what it gives back in the first of them.
 
-    Only the first one's lines come to `say`. All of it goes through pickle: `call` by its module and name. SIGINT and
-    SIGTERM are passed on to all, once, and waited for without limit; a second one ends everything. When one process
+    Only the first one's lines come to `say`. All of it goes through pickle: `call` by its module and name. A signal
+    of STOPS is passed on to all, once, and waited for without limit; a second one ends everything. When one process
     fails the others are ended, and when this one dies they die. Errors: the LuthierError or OSError that the first
     process to fail ended with; RunError where one was killed.
     """
-    port = _free_port()
-    workers = [_start(number, count, port) for number in range(count)]
+    port, workers, heard = _free_port(), list[Worker](), Heard()
     try:
         with _passing_on(workers) as signals:
+            with _held_back():
+                for number in range(count):
+                    workers.append(_start(number, count, port))
             for worker in workers:
                 with suppress(ConnectionError):  # it ended while it started: _listen tells how
                     worker.line.send((call, arguments))
-            results, failures = _listen(workers, signals, say)
+            _listen(workers, signals, say, heard)
+    except KeyboardInterrupt:  # the second one
+        _say_interrupted(heard, say)
+        raise
     finally:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
             worker.line.close()
+    result: Result = _result(heard, signals, say)
+    return result
+
+
+def _result(heard: Heard, signals: list[int], say: Say) -> Any:
+    """What `launch` gives back or raises; where nothing came of the run but a signal, this process ends of it too."""
+    failures = heard.failures
+    if signals:  # who was still at work then misses those who ended of it
+        failures = [one for one in failures if not isinstance(one, LostError)]
     if failures:
         raise next((one for one in failures if not isinstance(one, LostError)), failures[0])
-    if not results:
-        signal.raise_signal(signals[0])  # they ended of it before any could be stopped well: so does this process
+    if not heard.results:
+        _say_interrupted(heard, say)
+        signal.raise_signal(signals[0])
         raise RunError(f"ended by {signal.Signals(signals[0]).name}")
-    result: Result = results[0]
-    return result
+    return heard.results[0]
+
+
+def _say_interrupted(heard: Heard, say: Say) -> None:
+    if heard.run is not None:
+        say(f"interrupted{heard.standing()}")
 
 
 def _free_port() -> int:
@@ -130,13 +180,26 @@ def _start(number: int, count: int, port: int) -> Worker:
 
 
 @contextmanager
+def _held_back() -> Iterator[None]:
+    """What comes of STOPS waits until the block ends; the processes started in it have it wait until they are ready.
+
+    Python shows a traceback where Ctrl-C meets its imports, and a worker started after it came would never see it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _passing_on(workers: list[Worker]) -> Iterator[list[int]]:
-    """In the block the first SIGINT or SIGTERM goes to every worker, and into the list that is given."""
+    """In the block the first signal of STOPS goes to every worker, and into the list that is given."""
     signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
         yield signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in heeded()}
     came = 0.0
 
     def restore() -> None:
@@ -162,14 +225,12 @@ def _passing_on(workers: list[Worker]) -> Iterator[list[int]]:
         restore()
 
 
-def _listen(workers: list[Worker], signals: list[int], say: Say) -> tuple[list[Any], list[Exception]]:
-    """Until all have ended: what the first gave back (if it did), and the failures in the order in which they came."""
-    results: list[Any] = []
-    failures: list[Exception] = []
+def _listen(workers: list[Worker], signals: list[int], say: Say, heard: Heard) -> None:
+    """Until all have ended: what they tell is said, or kept in `heard`."""
     there = {worker.line: worker for worker in workers}
     deadline = math.inf
     while there:
-        for line in wait(list(there), None if deadline == math.inf else max(0.0, deadline - time.monotonic())):
+        for line in wait(list(there), min(TICK, max(0.0, deadline - time.monotonic()))):
             assert isinstance(line, Connection)
             try:
                 kind, value = line.recv()
@@ -177,39 +238,42 @@ def _listen(workers: list[Worker], signals: list[int], say: Say) -> tuple[list[A
                 kind, value = "ended", there[line].process.wait()
             if kind == "said":
                 say(value)
+            elif kind == "run":
+                heard.run = value
             elif kind == "done":
-                results.append(value)
+                heard.results.append(value)
             elif kind == "failed":
-                failures.append(value)
+                heard.failures.append(value)
             else:
                 worker = there.pop(line)
                 if value and -value not in signals and time.monotonic() < deadline:
-                    failures.append(_untold(worker, value, len(workers)))
-        if failures and deadline == math.inf:
+                    heard.failures.append(_untold(worker, value, len(workers), heard))
+        if heard.failures and deadline == math.inf:
             deadline = time.monotonic() + GRACE
         if time.monotonic() >= deadline:
             for worker in there.values():
                 worker.process.kill()
-    return results, failures
 
 
-def _untold(worker: Worker, status: int, count: int) -> RunError:
+def _untold(worker: Worker, status: int, count: int, heard: Heard) -> RunError:
     """The failure of a worker that could not tell it itself."""
     who = f"process {worker.rank + 1} of {count}"
     if status > 0:
         return RunError(f"{who} failed; its last words are above")
     why = " (as the system does when memory runs out)" if -status == signal.SIGKILL else ""
-    return RunError(
-        f"{who} was killed by {signal.Signals(-status).name}{why}; the newest checkpoint is whole: --resume"
-    )
+    return RunError(f"{who} was killed by {signal.Signals(-status).name}{why}{heard.standing()}")
 
 
 def work() -> None:
     """The whole life of a worker that `launch` started."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before training there is nothing to save: end without a traceback
+    for number in heeded():
+        signal.signal(number, signal.SIG_DFL)  # before training there is nothing to save: end without a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    atexit.register(gc.freeze)  # as in cli.main
     line = Connection(int(os.environ.pop(LINE)))
     os.set_inheritable(line.fileno(), False)
     call, arguments = line.recv()
+    _lines.append(line)
     threading.Thread(target=_die_with, args=(line,), daemon=True).start()
     first = rank() == 0
     try:
@@ -219,6 +283,12 @@ def work() -> None:
     else:
         if first:
             line.send(("done", result))
+
+
+def tell_run(path: Path) -> None:
+    """Tell the launcher, where there is one, which folder the run now has: it names it if this process cannot."""
+    for line in _lines:
+        line.send(("run", path))
 
 
 def _die_with(line: Connection) -> None:

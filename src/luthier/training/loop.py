@@ -21,9 +21,9 @@ from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
 from luthier.sections import TrainSection
 from luthier.training import checkpoint
-from luthier.training.budget import measure
+from luthier.training.budget import longer, measure
 from luthier.training.checkpoint import TrainState
-from luthier.training.distributed import World
+from luthier.training.distributed import World, lost
 from luthier.training.gradients import Gradient, Gradients, smaller
 from luthier.training.guard import CHECKED, Movement, clear_when_full, not_finite, stoppable
 from luthier.training.monitor import Facts, Monitor
@@ -60,9 +60,10 @@ def train(
     of two rows is compared before step 1.
     Errors: RecipeError where precision or rates cannot be; RunError where the run had to stop (guard.py).
     """
-    base_dropout(model, section, say)
     with (
+        base_dropout(model, section, write, say) as write,
         monitor.told(),
+        lost(),
         clear_when_full(folder.checkpoints),
         stoppable() as stop,
         dropout.keyed(model, section.seed) as dropping,
@@ -116,7 +117,8 @@ class Training:
         torch.manual_seed(section.seed)
         self.state = TrainState(0)
         if resume is not None:
-            self.state = checkpoint.load(resume, self.parameters, self.optimizer, say, world.rank, world.size)
+            exact = not section.base_dropout
+            self.state = checkpoint.load(resume, self.parameters, self.optimizer, say, world.rank, world.size, exact)
         self.movement = Movement(self.parameters, self.optimizer, self.state.step, self.warmup, say)
         if self.steps < CHECKED:
             say(f"not checked that every trainable tensor moves: that takes {CHECKED} steps")
@@ -170,8 +172,11 @@ class Training:
         elif section.tokens_per_pass != state.asked:  # else memory may have run out meanwhile: what was decided holds
             if not first:
                 now = section.tokens_per_pass
-                self.say(f"resume: train.tokens_per_pass is {now:,} now: numbers will be equal only to rounding")
+                then = "differ (train.base_dropout)" if section.base_dropout else "be equal only to rounding"
+                self.say(f"resume: train.tokens_per_pass is {now:,} now: numbers will {then}")
             state.asked = state.tokens_per_pass = section.tokens_per_pass
+            for line in longer(section.tokens_per_pass, examples):
+                self.say(line)
         if self.world.leads and state.step < self.steps:
             check_room(
                 self.folder,
@@ -276,6 +281,8 @@ class Training:
         """Save the last where there is no best, and say how it ended."""
         state = self.state
         self.model.eval()
+        if self.world.leads:
+            checkpoint.prune(self.folder.checkpoints, self.section.keep)  # a kill may have come before it
         if self.had_enough():
             self.say(f"early stop: {state.not_better} evaluations in a row without a better loss")
         before = next((loss for step, loss in self.evals if step == 0), math.inf)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.data.examples import Examples
 
 Say = Callable[[str], None]
+Write = Callable[[Path], None]
 
 DRAWN = 16
 """Rows, at least, among which those of the proof are chosen."""
@@ -28,12 +31,28 @@ SHARE = 0.5
 """Of an average step's tokens: what the proof's rows have at most, so that it costs two or three steps."""
 
 
-def base_dropout(model: Any, section: TrainSection, say: Say) -> None:
-    """The base model's own dropout is off, and said, unless the recipe wants it."""
-    if section.base_dropout:
+@contextmanager
+def base_dropout(model: Any, section: TrainSection, write: Write, say: Say) -> Iterator[Write]:
+    """Inside, the base model's own dropout is off, and said, unless the recipe wants it.
+
+    Yields `write` for what is saved meanwhile: a config.json with the base's own values.
+    """
+    found = dropout.of_base(model)
+    if not found.names:
+        yield write
+    elif section.base_dropout:
         say("train.base_dropout: drawn in sequence, so numbers depend on how rows are cut: exactness no longer holds")
-    elif found := dropout.silence(model):
-        say(f"the base model's own {', '.join(found)} is off (train.base_dropout: true gives it back)")
+        yield write
+    else:
+        verb, it = ("is", "it") if len(found.names) == 1 else ("are", "them")
+        say(f"the base model's own {', '.join(found.names)} {verb} off (train.base_dropout: true gives {it} back)")
+
+        def saved(target: Path) -> None:
+            with found.on():
+                write(target)
+
+        with found.off():
+            yield saved
 
 
 def choose_route(
