@@ -129,8 +129,14 @@ def keyed(model: nn.Module, seed: int) -> Iterator[bool]:
     masking instead of before it, in PEFT: the same numbers for half of what dropout would add to a step.
     """
     table = cache(partial(keep_table, seed))  # one a (p, dtype, device), given up with this context
+    shared: dict[nn.Module, KeyedDropout] = {}  # layers with one A have one dropout: the first one's name
     places = [
-        (layer, adapter, dropout, _keyed_like(dropout, name, layer.lora_A[adapter].weight.dtype, table))
+        (
+            layer,
+            adapter,
+            dropout,
+            shared.setdefault(dropout, _keyed_like(dropout, name, layer.lora_A[adapter].weight.dtype, table)),
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
         for adapter, dropout in layer.lora_dropout.items()
