@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.data.batches import order_of
 from luthier.folder import RunFolder
+from luthier.models import families
 from luthier.sections import TrainSection
 from luthier.training.distributed import World
 from luthier.training.loop import train
@@ -54,6 +55,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "mistral": {**ROTARY, "sliding_window": 8},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+    "yuan": {"intermediate_size": 48, "initializer_range": 0.2},
 }
 """What a family's configuration needs beside SIZE; llama, phi3, qwen2 and qwen3 need ROTARY."""
 
@@ -91,6 +93,7 @@ def random_rows(count: int, seed: int = 0, shortest: int = 4, longest: int = 20)
 
 def tiny(family: str, *, tied: bool = False, dropout: float = 0.0) -> Any:
     """A 2-layer model of random weights in fp32; the same at every call. `dropout` is OPT's own; Gemmas are tied."""
+    families.register()  # yuan is Luthier's own
     config = {**SIZE, "tie_word_embeddings": tied, **OWN.get(family, ROTARY)}
     if family == "opt":
         config["dropout"] = dropout

@@ -73,11 +73,11 @@ train:
             "generate: {sample: x}",
             "merge.generate: unknown key; generate belongs to the top of the recipe: generate",
         ),
-        ("model", "quantize: nf4", "model.quantize: not in this version yet"),
+        ("model", "quantise: nf4", "model.quantise: unknown key; did you mean model.quantize?"),
         (
             "model",
-            "quantise: nf4",
-            "model.quantise: unknown key; did you mean model.quantize? (not in this version yet)",
+            "quantize: {double: true}",
+            "model.quantize.double: unknown key; did you mean model.quantize.double_quant?",
         ),
         (
             "train",
@@ -193,10 +193,26 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
         ),
         (
             "train",
-            "optimizer: adamw_8bit",
-            "train.optimizer: adamw_8bit is not in this version yet; this version has adamw",
+            "optimizer: sgd",
+            "train.optimizer: must be adamw, adamw_8bit, paged_adamw_8bit or lion_8bit, is 'sgd'",
         ),
-        ("train", "optimizer: sgd", "train.optimizer: must be adamw, is 'sgd'"),
+        (
+            "train",
+            "optimizer: adamw_bnb_8bit",
+            "train.optimizer: must be adamw, adamw_8bit, paged_adamw_8bit or lion_8bit, is 'adamw_bnb_8bit'; "
+            "here that is adamw_8bit",
+        ),
+        (
+            "model",
+            "quantize: 4bit",
+            "model.quantize: must be none, int8, nf4 or keys (kind, double_quant, compute_dtype), is '4bit'; "
+            "here that is nf4",
+        ),
+        (
+            "model",
+            "quantize: {kind: nf4, compute_dtype: bfloat16}",
+            "model.quantize.compute_dtype: must be auto, fp32, bf16 or fp16, is 'bfloat16'; here that is bf16",
+        ),
         (
             "train",
             "schedule: cosin",
@@ -208,9 +224,7 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
         (
             "method",
             "kind: qlora",
-            "method.kind: must be lora or full, is 'qlora'; here that is lora with model.quantize, which is not "
-            "in this "
-            "version yet",
+            "method.kind: must be lora or full, is 'qlora'; here that is lora, with model.quantize: nf4",
         ),
         ("method", "dropout: 1", "method.dropout: must be a number ≥ 0 and < 1, is 1"),
         (

@@ -107,6 +107,27 @@ def test_keys_that_are_at_odds(tmp_path: Path, section: str, body: str, message:
     assert problem(tmp_path, section, body) == message
 
 
+def test_quantised_weights_bear_adapters_only(tmp_path: Path) -> None:
+    for held in ("int8", "{kind: int8}"):
+        assert problems(tmp_path, MINIMAL, f"model.quantize={held}", "method.kind=full") == [
+            "override: method.kind: full trains every weight, and weights in int8 (model.quantize) cannot be trained; "
+            "take lora, or model.quantize: none"
+        ]
+    assert problems(tmp_path, MINIMAL, "model.quantize=nf4", "method.bias=all") == [
+        "override: method.bias: all trains biases of layers that are held in nf4 (model.quantize); leave it out, or "
+        "take model.quantize: none"
+    ]
+    for section in ("model", "generate"):
+        assert problems(tmp_path, MINIMAL, f"{section}.quantize={{kind: int8, double_quant: true}}") == [
+            f"override: {section}.quantize.double_quant: has no effect, as kind is int8, whose scales stay in fp32; "
+            "leave it out"
+        ]
+    assert problems(tmp_path, MINIMAL, "train.optimizer=lion_8bit", "train.eps=1e-6") == [
+        "override: train.eps: has no effect, as train.optimizer is lion_8bit, which divides by nothing; leave it out"
+    ]
+    assert read(tmp_path, MINIMAL, "generate.quantize=nf4", "method.kind=full").generate.quantize == "nf4"
+
+
 def test_keys_of_two_sections_that_are_at_odds(tmp_path: Path) -> None:
     assert problems(tmp_path, MINIMAL, "method.kind=full", "merge.dtype=fp16") == [
         "override: merge.dtype: has no effect, as method.kind is full, which writes a whole model; leave it out"

@@ -228,6 +228,7 @@ model:
   name: hf:a/b
   revision: null
   dtype: auto
+  quantize: none
   trust_vendor_code: false
 data:
   train: ['hf:a/b', {path: 'hf:c/d', weight: 2.0}]
@@ -294,6 +295,7 @@ generate:
   top_k: 1
   top_p: null
   stop: []
+  quantize: null
   seed: 42
 merge:
   dtype: auto

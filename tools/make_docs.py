@@ -54,6 +54,9 @@ def recipe_page() -> str:
             columns, file = branches(node_of(("data", "columns")))[0], branches(node_of(("data", "train", 0)))[1]
             parts += ["`data.columns`: " + _about(columns).lower() + "\n", _keys(("data", "columns"))]
             parts += ["An item of the list `data.train`: " + _about(file).lower() + "\n", _keys(("data", "train", 0))]
+        if section == "model":
+            keys = branches(node_of(("model", "quantize")))[1]
+            parts += ["`model.quantize` as keys: " + _about(keys).lower() + "\n", _keys(("model", "quantize"))]
     theirs = [(f"`{name}`", said.tools, _cell(said.here)) for name, said in FOREIGN.items()]
     words = [
         (f"`{key}`", f"`{word}`", _cell(here)) for key, said in FOREIGN_VALUES.items() for word, here in said.items()
@@ -74,6 +77,8 @@ def _row(key: Key) -> tuple[str, ...]:
     node = node_of(key)
     if key == ("train", "epochs"):
         default = "`1.0`, or `null` with `steps`"
+    elif key == ("train", "betas"):
+        default = "`[0.9, 0.999]`, with lion_8bit `[0.9, 0.99]`"
     else:
         default = f"`{write_value(node['default'])}`" if "default" in node else "required"
     return f"`{dotted(key)}`", _cell(expected(node)), default, _cell(_about(node))

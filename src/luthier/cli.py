@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,12 @@ app.add_typer(recipe_app, name="recipe")
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
+
+
+class Layout(StrEnum):
+    """In which an adapter is exported."""
+
+    VENDOR = "vendor"
 
 
 def main() -> None:
@@ -135,6 +142,21 @@ def look(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    structure: Annotated[bool, typer.Option("--structure", help="Show the model's tree as well.")] = False,
+) -> None:
+    """What a recipe's run would take.
+
+    Memory by part, steps, tokens, disk, the share that trains; of the model only its configuration is needed.
+    """
+    from luthier import verbs
+
+    verbs.plan(recipe, overrides or [], structure=structure, say=say)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or with --resume a run folder.")],
     overrides: Overrides = None,
@@ -177,6 +199,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="With --sample.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Hold the linear layers in int8 or nf4, or none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a prompt.")] = False,
 ) -> None:
     """Answer prompts with a run or a model.
@@ -195,6 +218,7 @@ def generate(
         "top_p": top_p,
         "stop": stop or None,
         "seed": seed,
+        "quantize": quantize,
     }
     said = None if sys.stdin.isatty() else lambda: _utf8(sys.stdin.read)
     verbs.generate(
@@ -256,6 +280,22 @@ def merge(
 
     verbs.merge(open_run(run), out, say=say)
     say(f'next: luthier generate {out} --prompt "…" · luthier chat {out}')
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the adapter.")],
+    _layout: Annotated[Layout, typer.Option("--layout", help="Whose layers it fits.")] = Layout.VENDOR,
+) -> None:
+    """A run's adapter for the vendor's own layers.
+
+    ChatGLM3's query_key_value is three layers here; every other family's adapter fits as it is.
+    """
+    from luthier import verbs
+    from luthier.run import open_run
+
+    verbs.export(open_run(run), out, say=say)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from luthier.sections import DataSection, Recipe, Section, pattern_columns
+from luthier.sections import DataSection, Quantization, Recipe, Section, pattern_columns
 
 
 class Conflict(NamedTuple):
@@ -17,7 +17,8 @@ class Conflict(NamedTuple):
 
 def conflicts(recipe: Recipe) -> list[Conflict]:
     """All conflicts of a recipe whose values are each right by themselves."""
-    return [*_without_effect(recipe), *_data(recipe), *_train(recipe), *_generate(recipe), *_method(recipe)]
+    parts = (_without_effect, _data, _train, _generate, _method, _quantize)
+    return [conflict for part in parts for conflict in part(recipe)]
 
 
 def idle(recipe: Recipe) -> dict[str, str]:
@@ -27,6 +28,8 @@ def idle(recipe: Recipe) -> dict[str, str]:
         why = "as method.kind is full; leave it out"
         found |= {f"method.{name}": why for name in type(recipe.method).model_fields if name != "kind"}
         found["merge.dtype"] = "as method.kind is full, which writes a whole model; leave it out"
+    if recipe.train.optimizer == "lion_8bit":
+        found["train.eps"] = "as train.optimizer is lion_8bit, which divides by nothing; leave it out"
     if not recipe.generate.sample:
         why = "as generate.sample is false; write sample: true, or leave it out"
         found |= {f"generate.{name}": why for name in ("temperature", "top_k", "top_p")}
@@ -145,4 +148,28 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             ("method.modules_to_save", "method.target"),
             f"{', '.join(twice)} would be trained whole and get an adapter as well (method.target); keep one",
+        )
+
+
+def _quantize(recipe: Recipe) -> Iterator[Conflict]:
+    for name, value in (("model", recipe.model.quantize), ("generate", recipe.generate.quantize)):
+        if isinstance(value, Quantization) and value.kind == "int8" and value.double_quant:
+            yield Conflict(
+                (f"{name}.quantize.double_quant", f"{name}.quantize.kind"),
+                "has no effect, as kind is int8, whose scales stay in fp32; leave it out",
+            )
+    if recipe.model.quantize == "none":
+        return
+    held = recipe.model.quantize if isinstance(recipe.model.quantize, str) else recipe.model.quantize.kind
+    if recipe.method.kind == "full":
+        yield Conflict(
+            ("method.kind", "model.quantize"),
+            f"full trains every weight, and weights in {held} (model.quantize) cannot be trained; "
+            "take lora, or model.quantize: none",
+        )
+    elif recipe.method.bias != "none":
+        yield Conflict(
+            ("method.bias", "model.quantize"),
+            f"{recipe.method.bias} trains biases of layers that are held in {held} (model.quantize); "
+            "leave it out, or take model.quantize: none",
         )

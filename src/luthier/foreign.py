@@ -37,9 +37,11 @@ _HELD_OUT = "data.eval (a share, a number of rows, or a file)"
 _STOP = "train.early_stop (evaluations in a row without a better loss)"
 _BEST = "nothing to set (adapter/ is the best by eval loss where there is an eval set)"
 _CHECKPOINTING = "train.activation_checkpointing (true or false)"
-_PRECISION = f"train.precision (fp32 or bf16; fp16 is {LATER})"
+_PRECISION = "train.precision (fp32, bf16 or fp16)"
 _DTYPE = "model.dtype (auto, fp32, bf16 or fp16)"
-_QUANTISE = f"model.quantize, which is {LATER}"
+_QUANTISE = "model.quantize (none, int8 or nf4, or {kind: nf4, double_quant: true, compute_dtype: bf16})"
+_COMPUTE = "model.quantize.compute_dtype (auto, fp32, bf16 or fp16)"
+_DOUBLE = "model.quantize.double_quant (true or false)"
 _ATTENTION = "nothing to set (the engine chooses the attention)"
 _DEVICES = "train.devices (auto, cpu, or a list with a process for each, as [0, 1])"
 _WORKERS = "nothing to set (rows are encoded in threads, once, and cached)"
@@ -91,9 +93,13 @@ _TABLE: dict[str, tuple[str, str]] = {
     "quantization_bit": (_LF, _QUANTISE),
     "quantization": (_LR, _QUANTISE),
     "quant_bits": (_MS, _QUANTISE),
-    "bnb_4bit_compute_dtype": (_T, _QUANTISE),
-    "bnb_4bit_quant_type": (_T, _QUANTISE),
-    "bnb_4bit_use_double_quant": (_T, _QUANTISE),
+    "bnb_4bit_compute_dtype": (f"{_T}, {_MS}", _COMPUTE),
+    "bnb_4bit_quant_type": (f"{_T}, {_MS}", _QUANTISE),
+    "bnb_4bit_use_double_quant": (f"{_T}, {_MS}", _DOUBLE),
+    "double_quantization": (_LF, _DOUBLE),
+    "quantization_config": (_T, _QUANTISE),
+    "quant_method": (_MS, _QUANTISE),
+    "quantize_base": (_TT, _QUANTISE),
     "attn_implementation": (_T, _ATTENTION),
     "attn_impl": (_MS, _ATTENTION),
     "flash_attn": (_LF, _ATTENTION),
@@ -277,11 +283,9 @@ FOREIGN = {name: Foreign(tools, here) for name, (tools, here) in _TABLE.items()}
 """Keys of other tools, wherever they stand in a recipe."""
 
 FUTURE_KEYS = (
-    "model.quantize",
     "data.replay",
     "method.init",
     "method.virtual_tokens",
-    "generate.quantize",
     "demo",
     "track",
 )
@@ -291,28 +295,30 @@ FUTURE_VALUES = {
     "method.kind": frozenset(
         {"dora", "rslora", "pissa", "ia3", "prompt", "prefix", "p_tuning", "llama_adapter", "bottleneck", "freeze"}
     ),
-    "train.optimizer": frozenset({"adamw_8bit", "paged_adamw_8bit", "lion_8bit"}),
-    "train.precision": frozenset({"fp16"}),
 }
 """Values of Luthier's own vocabulary that this version does not know yet."""
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 _DTYPES |= {f"torch.{name}": here for name, here in _DTYPES.items()}
+_QUANTS = {"4bit": "nf4", "int4": "nf4", "fp4": "nf4", "bnb.nf4": "nf4", "8bit": "int8", "bnb.int8": "int8"}
 
 FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "model.dtype": _DTYPES,
     "merge.dtype": _DTYPES,
-    "train.precision": {word: f"fp16, which is {LATER}" if here == "fp16" else here for word, here in _DTYPES.items()},
+    "train.precision": _DTYPES,
     "data.format": {"openai": "messages", "chat": "messages", "chatml": "messages", "conversational": "messages"},
     "data.template": {"default": "auto", "chatglm3": "glm3"},
-    "method.kind": {"qlora": f"lora with model.quantize, which is {LATER}"},
+    "model.quantize": _QUANTS,
+    "model.quantize.kind": _QUANTS,
+    "model.quantize.compute_dtype": _DTYPES,
+    "method.kind": {"qlora": "lora, with model.quantize: nf4"},
     "method.target": {"all-linear": "all_linear", "all": "all_linear"},
     "train.schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
     "train.optimizer": {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
         "adamw_hf": "adamw",
-        "adamw_bnb_8bit": f"adamw_8bit, which is {LATER}",
+        "adamw_bnb_8bit": "adamw_8bit",
     },
     "train.devices": {"cuda": "auto", "gpu": "auto", "cuda:0": "[0]"},
 }

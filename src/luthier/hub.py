@@ -30,8 +30,8 @@ _DATA_FILES = ["*.json*", "*.csv*", "*.tsv*", "*.parquet", "*.txt*"]
 _PATIENCE = 10  # seconds until a hub that does not answer counts as unreachable
 
 
-def model_path(name: str, revision: str | None, base: Path, say: Say) -> Path:
-    """The local folder of a model, fetched where that is needed.
+def model_path(name: str, revision: str | None, base: Path, say: Say, *, weights: bool = True) -> Path:
+    """The local folder of a model, fetched where that is needed; without `weights` its small files alone.
 
     `name`: hf:owner/name, modelscope:owner/name, or a folder relative to `base`; a bare owner/name that is no folder
     is the hub's, unless there is a folder `owner` here. Errors: ModelError for a folder that is not there, HubError
@@ -52,8 +52,8 @@ def model_path(name: str, revision: str | None, base: Path, say: Say) -> Path:
     if not _REPOSITORY.fullmatch(repo):
         raise HubError(f"{name}: not a name on a hub, as in hf:owner/name")
     if source == "modelscope":
-        return _modelscope_model(name, repo, revision, say)
-    return _hf_model(name, repo, revision, say)
+        return _modelscope_model(name, repo, revision, weights, say)
+    return _hf_model(name, repo, revision, weights, say)
 
 
 def data_files(name: str, base: Path, say: Say) -> list[Path]:
@@ -79,14 +79,16 @@ def _parted(name: str) -> tuple[str, str]:
     return (source, rest) if colon and source in ("hf", "modelscope") else ("", name)
 
 
-def _wanted(sizes: Mapping[str, int]) -> list[str]:
+def _wanted(sizes: Mapping[str, int], weights: bool = True) -> list[str]:
     """Of a repository's files those that a model is loaded from: safetensors where there are any, never twice."""
+    if not weights:
+        return [file for file in _wanted(sizes) if not file.endswith((".safetensors", ".bin", ".index.json"))]
     kinds = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".jinja", ".py")
     files = [file for file in sizes if "/" not in file and file.endswith(kinds)]
-    weights = [file for file in files if file.endswith(".safetensors")]
-    if any(file.startswith("model") for file in weights):  # beside the vendor's own consolidated.safetensors
+    tensors = [file for file in files if file.endswith(".safetensors")]
+    if any(file.startswith("model") for file in tensors):  # beside the vendor's own consolidated.safetensors
         files = [file for file in files if not file.startswith("consolidated")]
-    other = r"(?!pytorch_model).*\.bin" if not weights else r".*\.bin(\.index\.json)?"
+    other = r"(?!pytorch_model).*\.bin" if not tensors else r".*\.bin(\.index\.json)?"
     return [file for file in files if not re.fullmatch(other, file)]
 
 
@@ -103,16 +105,16 @@ def _check_room(name: str, missing: int, cache: Path) -> None:
 # ---- Hugging Face
 
 
-def _hf_model(name: str, repo: str, revision: str | None, say: Say) -> Path:
+def _hf_model(name: str, repo: str, revision: str | None, weights: bool, say: Say) -> Path:
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
     except Exception as error:  # of the library's HTTP client too: httpx or httpx2, by its version
-        return _hf_cached(name, repo, revision, error, say)
+        return _hf_cached(name, repo, revision, weights, error, say)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    wanted = _wanted(sizes)
+    wanted = _wanted(sizes, weights)
     cached = {file: try_to_load_from_cache(repo, file, revision=info.sha) for file in wanted}
     missing = [file for file, path in cached.items() if not isinstance(path, str)]
     if not missing and "config.json" in cached:
@@ -126,7 +128,7 @@ def _hf_model(name: str, repo: str, revision: str | None, say: Say) -> Path:
         raise _plain(error, name) from error
 
 
-def _hf_cached(name: str, repo: str, revision: str | None, error: Exception, say: Say) -> Path:
+def _hf_cached(name: str, repo: str, revision: str | None, weights: bool, error: Exception, say: Say) -> Path:
     """The copy in the cache when the hub gives nothing. Errors: HubError where there is none, or half a one."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -137,7 +139,7 @@ def _hf_cached(name: str, repo: str, revision: str | None, error: Exception, say
     config = try_to_load_from_cache(repo, "config.json", revision=revision) if known else None
     if not isinstance(config, str):
         raise problem from error
-    lacking = _lacking(Path(config).parent)
+    lacking = _lacking(Path(config).parent) if weights else None
     if lacking:
         raise HubError(f"{problem}; the copy in the cache lacks {lacking}") from error
     what = "refuses it" if refused else "cannot be reached"
@@ -299,9 +301,10 @@ def _modelscope(
         return folder
 
 
-def _modelscope_model(name: str, repo: str, revision: str | None, say: Say) -> Path:
+def _modelscope_model(name: str, repo: str, revision: str | None, weights: bool, say: Say) -> Path:
     def patterns(api: Any) -> list[str]:
-        return _wanted({file["Path"]: file["Size"] or 0 for file in api.get_model_files(repo, revision=revision)})
+        sizes = {file["Path"]: file["Size"] or 0 for file in api.get_model_files(repo, revision=revision)}
+        return _wanted(sizes, weights)
 
     return _modelscope(name, repo, "model", revision, patterns, say)
 

@@ -68,13 +68,18 @@ def load_data(recipe: Recipe, encoder: Encoder, say: Say) -> Data:
     return prepare(recipe.data, encoder, say)
 
 
-def load_folder(name: str, adapter: Path | None, say: Say) -> Loaded:
+def answering(model: ModelSection, section: GenerateSection) -> ModelSection:
+    """How a model is loaded to answer: as it was trained, unless generate.quantize says otherwise."""
+    return model if section.quantize is None else model.model_copy(update={"quantize": section.quantize})
+
+
+def load_folder(name: str, adapter: Path | None, say: Say, settings: GenerateSection | None = None) -> Loaded:
     """A model by name or folder (a merged one, say), with an adapter folder on top where one is given."""
     from luthier.data.encode import Encoder
     from luthier.models.adapters import load_adapter
     from luthier.models.load import load_model, load_tokenizer, pick_device
 
-    section = ModelSection(name=name)
+    section = answering(ModelSection(name=name), settings or GenerateSection())
     path = hub.model_path(name, None, Path.cwd(), say)
     noted = adapter if adapter is not None and (adapter / NOTE).is_file() else path
     tokenizer = load_tokenizer(noted)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.errors import ModelError, RunError
 from luthier.folder import folder_atomic, write_json
+from luthier.models import families
 from luthier.models.adapters import (
     CONFIG,
     MERGE_NOTE,
@@ -40,6 +41,7 @@ from luthier.models.load import (
     read_config,
 )
 from luthier.models.weights import DTYPES, Weights, name_of, open_weights
+from luthier.sections import ModelSection
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
@@ -92,21 +94,25 @@ def merge(
     say: Say,
     ends: Sequence[int] = (),
     note: Callable[[Path], None] | None = None,
+    trained: ModelSection | None = None,
 ) -> MergeReport:
     """Write base + adapter as a model folder of its own, unverified yet.
 
     Each sum is computed in fp32 and rounded once to `dtype` (auto: as the base stores it). `adapter` may be a whole
     model, as full fine-tuning leaves it: then it is copied in `dtype`. `ends` are token ids that end an answer under
     the run's template; they join the end tokens in generation_config.json. `note` adds the
-    caller's own files to the folder before it gets its name, so that `out` is never there without them.
+    caller's own files to the folder before it gets its name, so that `out` is never there without them. `trained` is
+    how the base was held in training: where it was quantised, the verification measures what that changes.
     Errors: ModelError when out is taken or part of the inputs, or the adapter cannot be merged into this base.
     """
     kind: Literal["lora", "full"] = "lora" if (adapter / CONFIG).is_file() else "full"
     _check_out(out, base, adapter)
     refuse_merged(base, adapter)
     root = base if kind == "lora" else adapter
-    config, weights, stored = read_config(root), open_weights(root), open_weights(base)
+    config = read_config(root)
     check_architecture(root, config, trusted=False)
+    weights = families.as_model(open_weights(root), config)
+    stored = families.as_model(open_weights(base), read_config(base))
     chosen = name_of(stored.dtype) if dtype == "auto" else dtype
     if chosen not in DTYPES:
         raise ModelError(f"{base} is stored in {chosen}; merge.dtype must name one of {', '.join(DTYPES)}")
@@ -119,7 +125,7 @@ def merge(
         say(f"{adapter} is a whole model (full fine-tuning): copied in {chosen}, there is nothing to add to it")
     with folder_atomic(out) as folder:
         _write_weights(folder, weights, outputs, changes)
-        _write_config(folder, config, DTYPES[chosen], untied)
+        _write_config(folder, families.saved_config(config), DTYPES[chosen], untied)
         _write_rest(folder, base, root, adapter, ends, say)
         record = {
             "kind": kind,
@@ -130,12 +136,23 @@ def merge(
             "dtype": chosen,
             "verified": None,
             "figures": None,
+            **_quantised(trained),
         }
         write_json(folder / MERGE_NOTE, record)
         if note is not None:
             note(folder)
     say(f"{out}: {len(changes)} of {len(outputs)} tensors changed, in {chosen}" + (", head untied" if untied else ""))
+    if opened_by := families.opened_by(config):
+        say(f"{out}: {opened_by}")
     return MergeReport(out, kind, chosen, len(outputs), len(changes), untied)
+
+
+def _quantised(trained: ModelSection | None) -> dict[str, Any]:
+    """The note's place for how the merged model differs from the quantised one that was trained, if it was."""
+    if trained is None or trained.quantize == "none":
+        return {}
+    held = trained.model_dump(include={"dtype", "quantize"})
+    return {"quantised": {"trained": held, "figures": None, "reason": None}}
 
 
 # -- what changes -------------------------------------------------------------------------------------------------
@@ -194,6 +211,7 @@ def _tied(root: Path, weights: Weights) -> tuple[dict[str, str], bool]:
 
     transformers 5 takes tensors for untied where both are stored and differ, whatever the config says.
     """
+    families.register()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root, local_files_only=True))
     tied = {}

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ModelError, RunError
 from luthier.folder import RunFolder, write_atomic, write_json
-from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, prompt_ids, ready, write_note
+from luthier.loaded import Loaded, Prompt, Say, answering, load_data, load_encoder, prompt_ids, ready, write_note
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, load_recipe, run_name, save_recipe
 from luthier.resume import check_same_data, resume_from, today_of, wanted
-from luthier.sections import Recipe, TrainSection
+from luthier.sections import ModelSection, Recipe, TrainSection
 from luthier.training.launch import launch, launched, tell_run
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def load_run(run: Run, *, base: bool = False, say: Say = lambda _: None) -> Load
     result, section = result_folder(run), run.recipe.model
     if whole and not base:
         path, section = result, section.model_copy(update={"name": str(result)})
-    model = load_model(path, section, device, say=say)
+    model = load_model(path, answering(section, run.recipe.generate), device, say=say)
     if not whole and not base:
         model = load_adapter(model, result)
     return ready(model, tokenizer, encoder)
@@ -158,9 +158,11 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) 
     from luthier.generate import check_prompts
     from luthier.models.adapters import attach
     from luthier.models.load import footprint, idle_gpus, load_model
+    from luthier.models.quantize import check_extras
     from luthier.training.optim import peak_lr
-    from luthier.training.start import needs_autocast
+    from luthier.training.start import autocast_dtype
 
+    check_extras(recipe)
     rate = peak_lr(recipe.train, recipe.method.kind)
     path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
     prompts = list[Prompt](load_prompts(recipe.generate))
@@ -171,7 +173,7 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) 
     order = order_of(data.train_sources, recipe.data.seed, recipe.train.batch)
     if idle := idle_gpus(recipe.train.devices):
         say(idle)
-    model = load_model(path, recipe.model, world.device, say=say)
+    model = load_model(path, _held(recipe, world.device), world.device, say=say)
     say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
     _check_vocabulary(model, data, path)
     _check_window(model, data, path)
@@ -179,7 +181,7 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) 
     stored = model.dtype
     model = attach(model, recipe.method, recipe.train.seed, say=say, revision=recipe.model.revision)
     section = _with_precision(recipe.train, stored, model, say)
-    needs_autocast(model, section)
+    autocast_dtype(model, section)
     _say_rate(recipe, rate, say)
     return Workbench(recipe, section, model, stored, tokenizer, encoder, data, order, prompts)
 
@@ -209,8 +211,18 @@ def _check_window(model: Any, data: Data, path: Path) -> None:
             )
 
 
+def _held(recipe: Recipe, device: Any) -> ModelSection:
+    """Under train.precision: fp16 a GPU holds the weights so as well, unless the recipe names another format."""
+    if recipe.train.precision == "fp16" and recipe.model.dtype == "auto" and device.type == "cuda":
+        return recipe.model.model_copy(update={"dtype": "fp16"})
+    return recipe.model
+
+
 def _with_precision(section: TrainSection, stored: Any, model: Any, say: Say) -> TrainSection:
     """auto follows the checkpoint's format, also where the weights were turned to fp32 because they train."""
+    if section.precision == "fp16" and model.device.type == "cpu":
+        say("train.precision: fp16 is for GPUs; a CPU computes in bf16 instead")
+        return section.model_copy(update={"precision": "bf16"})
     if section.precision != "auto" or str(stored) != "torch.bfloat16" or model.dtype == stored:
         return section
     say("train.precision: auto is bf16, the checkpoint's format (by autocast: the weights that train stay fp32)")
@@ -221,7 +233,8 @@ def _say_rate(recipe: Recipe, rate: float, say: Say) -> None:
     from luthier.training.optim import default_lr
 
     if recipe.train.lr == "auto":
-        say(f"train.lr: auto is {rate:g} for {recipe.method.kind}: {default_lr(recipe.method.kind)[1]}")
+        _, why = default_lr(recipe.method.kind, recipe.train.optimizer)
+        say(f"train.lr: auto is {rate:g} for {recipe.method.kind}: {why}")
 
 
 # -- training, and what is left of it --------------------------------------------------------------------------------
@@ -327,14 +340,18 @@ def _write_samples(run: Run, bench: Workbench, say: Say) -> None:
 def _saved(run: Run, bench: Workbench) -> Loaded:
     """What the run's folder holds, the best or the last: in the model at hand, so that there is no second in memory.
 
-    Where base weights trained as well, they are let go and what was saved is loaded, in the format that it will have.
+    Where base weights trained as well, or answers come from another quantisation, it is let go and what was saved is
+    loaded, in the format that it will have.
     """
     from luthier.models.adapters import fill_adapter
+    from luthier.models.quantize import let_go, quantization
 
-    if run.recipe.method.kind != "full" and bench.model.dtype == bench.stored:
+    trained, asked = run.recipe.model, answering(run.recipe.model, run.recipe.generate)
+    alike = quantization(trained.quantize) == quantization(asked.quantize)
+    if run.recipe.method.kind != "full" and bench.model.dtype == bench.stored and alike:
         fill_adapter(bench.model, result_folder(run))
         return ready(bench.model, bench.tokenizer, bench.encoder)
-    bench.model.to("meta")
+    let_go(bench.model)
     return load_run(run)
 
 

@@ -47,6 +47,17 @@ def pattern_columns(pattern: str) -> list[str]:
     return [name for _, name, _, _ in parts if name is not None]
 
 
+class Quantization(Section):
+    """How a model's linear layers are held in fewer bits, by bitsandbytes; the head and all else stay as they are."""
+
+    kind: Literal["int8", "nf4"] = "nf4"
+    """int8: 8 bits and a scale for each row; nf4: 4 bits and a scale for each 64 weights (QLoRA's NormalFloat)."""
+    double_quant: bool = False
+    """nf4: hold the scales in 8 bits as well, 4.13 bits a weight instead of 4.5."""
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format in which such a layer computes; auto is that of the other weights. A CPU takes bf16 for fp16."""
+
+
 class ModelSection(Section):
     """Which model, and in which number format its weights are held."""
 
@@ -56,6 +67,8 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub; null takes the hub's default."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights; auto is the checkpoint's own where the device can compute in it, and said."""
+    quantize: Literal["none", "int8", "nf4"] | Quantization = "none"
+    """Hold the linear layers in 8 or 4 bits while adapters are trained on them; a word, or keys."""
     trust_vendor_code: bool = False
     """Run Python code that ships with the model. Off: such a model is refused unless Luthier knows it natively."""
 
@@ -113,9 +126,9 @@ class DataSection(Section):
     max_length: int = Field(default=2048, ge=8)
     """Longest row in tokens, prompt, answer and end included."""
     max_prompt: PositiveInt | None = None
-    """Longest prompt in tokens."""
+    """Longest prompt in tokens, special ones not counted."""
     max_answer: PositiveInt | None = None
-    """Longest answer in tokens, its end token included."""
+    """Longest answer in tokens, special ones (its end) not counted."""
     too_long: Literal["drop", "cut", "error"] = "drop"
     """What happens to a longer row; a cut keeps the end token. More than half dropped is an error."""
     sample: PositiveInt | None = None
@@ -158,6 +171,10 @@ def _one_epoch(given: dict[str, Any]) -> float | None:
     return 1.0 if given.get("steps") is None else None
 
 
+def _betas(given: dict[str, Any]) -> tuple[float, float]:
+    return (0.9, 0.99) if given.get("optimizer") == "lion_8bit" else (0.9, 0.999)
+
+
 class TrainSection(Section):
     """How long, how fast and on what it learns."""
 
@@ -168,25 +185,27 @@ class TrainSection(Section):
     epochs: float | None = Field(default_factory=_one_epoch, gt=0)
     """Passes over the data; 1.0 where neither epochs nor steps is given."""
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak learning rate; auto is the method's default (lora 2e-4, full 2e-5), printed."""
+    """Peak learning rate; auto is the method's default (lora 2e-4, full 2e-5; with lion_8bit a fifth), printed."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     min_lr: float = Field(default=0.0, ge=0)
     """The schedule does not fall below this rate."""
     warmup: Annotated[int, Field(ge=0)] | Fraction = 0.03
     """An integer is steps; a share of all steps is 0 < x < 1; 0 is none."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW, in PyTorch's own form."""
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = "adamw"
+    """adamw: PyTorch's own. The others are bitsandbytes': moments in 8 bits (of tensors below 4,096 numbers in 32),
+    which paged ones may leave to the CPU's memory where a GPU has no room."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = Field(default_factory=_betas)
+    """The optimizer's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on matrices (biases and norms take none)."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; null never clips."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the arithmetic; auto follows the weights' format."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the arithmetic; auto follows the weights' format. fp16 is for GPUs, with a loss scale; a CPU
+    computes in bf16 instead."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, same numbers."""
     base_dropout: bool = False
@@ -242,6 +261,8 @@ class GenerateSection(Section):
     """Draw from the likeliest tokens that together have this probability; only with sample."""
     stop: list[Text] = []
     """Texts that end an answer, beside the model's own end tokens."""
+    quantize: Literal["none", "int8", "nf4"] | Quantization | None = None
+    """As model.quantize, for the answers alone; null takes what the model was trained in."""
     seed: Seed = 42
     """Seed of sampling."""
 

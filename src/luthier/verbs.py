@@ -9,10 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier import hub
 from luthier.errors import RecipeError
 from luthier.folder import RunFolder, write_atomic, write_json
 from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_folder, write_note
@@ -25,6 +27,7 @@ from luthier.sections import GenerateSection
 if TYPE_CHECKING:
     from luthier.compare import Comparison
     from luthier.merge import MergeReport
+    from luthier.plan import Plan
 
 
 def look(
@@ -64,6 +67,21 @@ def look(
     elif path.is_file():
         say(f"next: {shlex.join(['luthier', 'train', str(recipe), *overrides])}")
     return page
+
+
+def plan(recipe: str | Path, overrides: Sequence[str] = (), *, structure: bool = False, say: Say = print) -> Plan:
+    """Say what a recipe's run would take, without the model's weights; gives the plan.
+
+    Errors: RecipeError, ModelError, DataError and HubError, as `train` would refuse it.
+    """
+    quiet()
+    from luthier.plan import plan as reckon
+    from luthier.plantext import lines
+
+    found = reckon(recipe, overrides, say=say)
+    for line in lines(found, structure):
+        say(line)
+    return found
 
 
 def generate(
@@ -177,8 +195,10 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
 @contextmanager
 def _let_go(model: Any) -> Iterator[Any]:
     """The model; behind the block its memory is free, whoever still holds it, so that the base has room."""
+    from luthier.models.quantize import let_go
+
     yield model
-    model.to("meta")
+    let_go(model)
 
 
 @contextmanager
@@ -212,6 +232,7 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
         say=say,
         ends=encoder.end_ids,
         note=lambda folder: write_note(folder, encoder, run.recipe.data),
+        trained=run.recipe.model,
     )
     parts = [part for part in (data.eval, data.train) if part is not None]
     examples = (part[i] for part in parts for i in range(len(part)))
@@ -222,6 +243,18 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
             say(f"the data has {there} supervised tokens; the merge is verified on those instead of {POSITIONS:,}")
         verify(out, rows, say)
     return report
+
+
+def export(run: Run, out: Path, *, say: Say = print) -> None:
+    """The run's adapter as a PEFT folder for the layers of the model's vendor.
+
+    Errors: ModelError where that is what it is already, or the folder is taken.
+    """
+    quiet()
+    from luthier.export import export as write
+
+    model = run.recipe.model
+    write(hub.model_path(model.name, model.revision, Path.cwd(), say), result_folder(run), out, say=say)
 
 
 def quickstart(folder: Path, *, say: Say = print) -> Run:
@@ -278,11 +311,12 @@ def _loaded(
             raise RecipeError(f"{target} is a run and has its adapter; --adapter goes with a model")
         run = open_run(target)
         section = _settings(run.recipe.generate.model_dump(), options)
-        return load_run(run, base=base, say=say), section
+        asked = replace(run, recipe=run.recipe.model_copy(update={"generate": section}))
+        return load_run(asked, base=base, say=say), section
     if base:
         raise RecipeError(f"--base goes with a run; {target} is a model")
     section = _settings({}, options)
-    return load_folder(target, adapter, say), section
+    return load_folder(target, adapter, say, section), section
 
 
 def _settings(settings: dict[str, Any], options: dict[str, Any]) -> GenerateSection:

@@ -3,6 +3,9 @@
 Both are held in the merged format and computed in fp32, so that what differs is the merge. In bf16 arithmetic even one
 and the same model changes its first choice for 2 % of the tokens (stories260k, bf16 against fp32; KL 6e-4).
 
+Where the base was quantised in training, the merged model is another one than was trained: how far apart they are is
+measured as well, each in its own arithmetic, and reported; it is no failure.
+
 `python -m luthier.verify FOLDER ROWS.npz` compares, marks the folder's luthier_merge.json, and exits 1 over tolerance.
 """
 
@@ -16,20 +19,24 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from luthier.errors import LuthierError, ModelError, RunError
 from luthier.folder import write_json
-from luthier.models.adapters import MERGE_NOTE, adapter_hash, load_adapter
-from luthier.models.load import Say, from_folder, pick_device
-from luthier.models.weights import DTYPES
+from luthier.models.device import pick_device
+from luthier.models.weights import DTYPES, open_weights
 from luthier.quiet import quiet
+from luthier.sections import ModelSection
+
+if TYPE_CHECKING:  # peft speaks while it is imported: a process of its own is made quiet before
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from luthier.models.load import Say
 
 POSITIONS = 1000
 """Supervised positions that a verification looks at."""
@@ -37,6 +44,9 @@ CHUNK = 64
 """Positions that are compared at a time: in fp64, 64 × 151,936 logits are 78 MB."""
 MAX_LOGIT, MEAN_KL, TOP1 = 1e-3, 1e-3, 0.99
 """How far they may differ: any logit in fp32; in bf16 and fp16 the mean divergence (nats) and equal first choices."""
+
+Row = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""ids and which of them are supervised"""
 
 
 def write_rows(
@@ -69,18 +79,23 @@ def verify(folder: Path, rows: Path, say: Say) -> dict[str, Any]:
         raise RunError(child.stderr.strip().rpartition("\n")[2] or f"{folder}: the comparison died")
     figures: dict[str, Any] = _note(folder)["figures"]
     say(f"{folder}: verified: {_shown(figures)}")
+    if quantised := _note(folder).get("quantised"):
+        say(f"{folder}: {_apart(quantised)}")
     return figures
 
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m luthier.verify FOLDER ROWS.npz`: compare, mark the folder; the exit status (1 over tolerance)."""
     quiet()
+    from luthier.models.adapters import MERGE_NOTE
+
     folder, rows = map(Path, arguments)
     try:
         note = _note(folder)
-        figures = _compare(folder, note, rows)
+        figures, quantised = _compare(folder, note, rows)
         passed = _within(figures, note["dtype"])
-        write_json(folder / MERGE_NOTE, note | {"verified": passed, "figures": figures})
+        note |= {"verified": passed, "figures": figures} | ({"quantised": quantised} if quantised else {})
+        write_json(folder / MERGE_NOTE, note)
         if not passed:
             raise RunError(f"{folder}: not the same model as base + adapter: {_shown(figures)}; marked unverified")
     except LuthierError as error:
@@ -90,32 +105,67 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _note(folder: Path) -> dict[str, Any]:
+    from luthier.models.adapters import MERGE_NOTE
+
     if not (folder / MERGE_NOTE).is_file():
         raise ModelError(f"{folder}: no merge wrote this folder (it has no {MERGE_NOTE})")
     return dict(json.loads((folder / MERGE_NOTE).read_text(encoding="utf-8")))
 
 
-def _compare(folder: Path, note: dict[str, Any], file: Path) -> dict[str, Any]:
-    """One model in memory at a time: the reference's logits, fp32 [positions, vocabulary], wait on disk.
+def _compare(folder: Path, note: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The figures, and the note's part on the quantised model. One model in memory at a time: its logits wait on disk.
 
     The device is `auto`'s, whatever the run's `train.devices` says: a merge needs none, the folder knows no recipe, and
     both models run on the same one, so that the difference is the merge's on any.
     """
+    from luthier.models.load import from_folder
+
     dtype, device = DTYPES[note["dtype"]], pick_device("auto")
     with np.load(file) as stored:
         cuts = np.cumsum(stored["lengths"])[:-1]
         rows = list(zip(np.split(stored["ids"], cuts), np.split(stored["supervised"], cuts), strict=True))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        kept: list[Path] = []
-        parts: list[np.ndarray[Any, Any]] = []
-        for number, logits in enumerate(_logits(_reference(note, dtype, device), rows)):
-            kept.append(Path(scratch) / f"{number}.npy")
-            np.save(kept[-1], logits.numpy())
+        kept = [Path(scratch) / f"{number}.npy" for number in range(len(rows))]
+        for path, logits in zip(kept, _logits(_reference(note, dtype, device), rows), strict=True):
+            np.save(path, logits.numpy())
         gc.collect()  # the reference is gone before the merged model comes: PEFT's modules refer to each other
+        parts = []
         for path, logits in zip(kept, _logits(from_folder(folder, dtype, device)[0], rows), strict=True):
-            reference = torch.from_numpy(np.load(path))
-            for at in range(0, len(logits), CHUNK):
-                parts.append(_differences(reference[at : at + CHUNK], logits[at : at + CHUNK], dtype))
+            parts += _in_chunks(torch.from_numpy(np.load(path)), logits, dtype)
+            np.save(path, logits.numpy())
+        gc.collect()
+        quantised = note.get("quantised") and _beside_quantised(note, kept, rows, device)
+    return _figures(parts), quantised
+
+
+def _beside_quantised(note: dict[str, Any], kept: list[Path], rows: list[Row], device: torch.device) -> dict[str, Any]:
+    """How far the merged model, whose logits are `kept`, is from the quantised one that was trained; or why unknown."""
+    from luthier.models.adapters import load_adapter
+    from luthier.models.load import choose_dtype, from_folder
+    from luthier.models.quantize import check_installed, quantization
+
+    try:
+        check_installed("the quantised model")
+        base, section = Path(note["base"]), ModelSection(name="-", **note["quantised"]["trained"])
+        dtype, _ = choose_dtype(section.dtype, open_weights(base).dtype, device)
+        model, _ = from_folder(base, dtype, device, quantized=quantization(section.quantize))
+        parts = []
+        for path, logits in zip(
+            kept, _logits(load_adapter(model, Path(note["adapter"])), rows, wide=False), strict=True
+        ):
+            parts += _in_chunks(logits, torch.from_numpy(np.load(path)), DTYPES[note["dtype"]])
+    except (LuthierError, RuntimeError) as error:
+        return {**note["quantised"], "reason": str(error)}
+    return {**note["quantised"], "figures": _figures(parts)}
+
+
+def _in_chunks(reference: Tensor, other: Tensor, dtype: torch.dtype) -> list[np.ndarray[Any, Any]]:
+    return [
+        _differences(reference[at : at + CHUNK], other[at : at + CHUNK], dtype) for at in range(0, len(other), CHUNK)
+    ]
+
+
+def _figures(parts: list[np.ndarray[Any, Any]]) -> dict[str, Any]:
     largest, divergence, same = np.concatenate(parts).T
     figures = {"max_logit_difference": largest.max(), "mean_kl": divergence.mean(), "top1_agreement": same.mean()}
     return {"positions": len(same), **{k: float(v) if math.isfinite(v) else None for k, v in figures.items()}}
@@ -134,6 +184,9 @@ def _differences(reference: Tensor, other: Tensor, dtype: torch.dtype) -> np.nda
 
 
 def _reference(note: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:
+    from luthier.models.adapters import adapter_hash, load_adapter
+    from luthier.models.load import from_folder
+
     if adapter_hash(Path(note["adapter"])) != note["adapter_sha256"]:
         raise ModelError(f"{note['adapter']} is not what was merged: it changed since")
     if note["kind"] == "full":
@@ -142,11 +195,13 @@ def _reference(note: dict[str, Any], dtype: torch.dtype, device: torch.device) -
 
 
 @torch.no_grad()
-def _logits(
-    model: PreTrainedModel | PeftModel, rows: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
-) -> Iterator[Tensor]:
-    """For each row the logits that predict its supervised tokens: fp32 [supervised, vocabulary], on the CPU."""
-    _compute_in_fp32(model)
+def _logits(model: PreTrainedModel | PeftModel, rows: list[Row], wide: bool = True) -> Iterator[Tensor]:
+    """For each row the logits that predict its supervised tokens: fp32 [supervised, vocabulary], on the CPU.
+
+    They are computed in fp32, or where it is not to be `wide` as the model itself does it.
+    """
+    if wide:
+        _compute_in_fp32(model)
     for ids, supervised in rows:
         before = torch.from_numpy(np.flatnonzero(supervised) - 1).to(model.device)
         row = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
@@ -188,6 +243,21 @@ def _shown(figures: dict[str, Any]) -> str:
         f"the mean KL {figures['mean_kl']:.1e}, the same first choice {figures['top1_agreement']:.2%}".replace(
             "%", " %"
         )
+    )
+
+
+def _apart(quantised: dict[str, Any]) -> str:
+    """How far the quantised model that was trained is from the merged one."""
+    asked = quantised["trained"]["quantize"]
+    trained = f"the {asked if isinstance(asked, str) else asked['kind']} model that was trained"
+    figures = quantised["figures"]
+    if figures is None:
+        return f"{trained} was not held against it: {quantised['reason']}"
+    if None in figures.values():
+        return f"{trained} gives logits that are not finite"
+    return (
+        f"{trained} differs from it, as its base is unquantised: mean KL {figures['mean_kl']:.1e}, the same first "
+        f"choice {figures['top1_agreement']:.2%} (told, not judged)".replace("%", " %")
     )
 
 

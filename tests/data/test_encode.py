@@ -12,11 +12,15 @@ from transformers import AutoTokenizer
 from luthier.data.encode import Encoded, Encoder
 from luthier.data.formats import BadRow, Conversation, Message
 from luthier.errors import DataError
+from luthier.models.load import load_tokenizer
 from luthier.sections import DataSection
 from tiny import tiny_tokenizer
+from vendors import CLOTHES, KINDS, dressed, trained
 
 TODAY = date(2026, 3, 4)
+SMALL = ["chatglm3", "yuan2", "llama2"]  # a small SentencePiece model, read as the vendor's
 REAL = ["tokenizers/qwen2", "tokenizers/llama2", "tokenizers/chinese-llama2", "models/stories260k"]
+VENDORS = [pytest.param(f"oracle/{name}-tiny", marks=pytest.mark.full) for name in ("chatglm3", "yuan2")]
 ANSWERS = [
     "It lives in town.",
     "  two blanks",
@@ -52,11 +56,13 @@ def taught(made: Encoder, tokenizer: Any, conversation: Conversation) -> list[st
     return [tokenizer.decode(one.ids[start:stop]) for start, stop in one.spans]
 
 
-@pytest.fixture(params=["tiny", *REAL])
-def tokenizer(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(params=["tiny", *SMALL, *REAL, *VENDORS])
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "tiny":
         return tiny_tokenizer()
-    return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / request.param)
+    if request.param in SMALL:
+        return load_tokenizer(dressed(tmp_path / "model", trained(KINDS[request.param]), **CLOTHES[request.param]))
+    return load_tokenizer(request.getfixturevalue("shared") / request.param)
 
 
 def templates_of(tokenizer: Any) -> list[dict[str, Any]]:
@@ -65,6 +71,9 @@ def templates_of(tokenizer: Any) -> list[dict[str, Any]]:
         {"template": "llama2"} if tokenizer.bos_token else {},
         {"template": "auto"} if tokenizer.chat_template else {},
         {"template": "chatml"} if "<|im_start|>" in tokenizer.get_vocab() else {},
+        {"template": "glm3"} if "[gMASK]" in tokenizer.get_vocab() else {},
+        {"template": "glm3_pair"} if "[gMASK]" in tokenizer.get_vocab() else {},
+        {"template": "yuan2"} if "<eod>" in tokenizer.get_vocab() else {},
         {"text": "### Human: {prompt} ### Assistant: {response}", "columns": {"prompt": "q", "response": "a"}},
         {"text": "{prompt}{response}", "columns": {"prompt": "q", "response": "a"}},
     ]
@@ -90,15 +99,16 @@ def test_prompt_ids_begin_the_row_for_every_template(tokenizer: Any) -> None:
 def test_the_whole_row_is_what_the_tokenizer_makes_of_the_text(tokenizer: Any) -> None:
     """Cutting a text at its special tokens gives the ids of the uncut text, and nothing is lost."""
     for section in templates_of(tokenizer):
-        if section.get("template") == "llama2" or "text" in section:
-            continue  # llama2: Meta encodes each exchange by itself
+        if section.get("template") in ("llama2", "glm3", "glm3_pair", "yuan2") or "text" in section:
+            continue  # these encode each exchange or message by itself
         made = encoder(tokenizer, **section)
         examples, _ = made.render(chat("春 fox?", "yes it is", "and now", "no", system="be kind"))
         one = made.encode(examples)[0]
         assert isinstance(one, Encoded)
-        expected = tokenizer.encode(made.text(examples[0]), add_special_tokens=False)
-        bos = [tokenizer.bos_token_id] if tokenizer("").input_ids else []
-        assert one.ids == (expected if expected[:1] == bos else bos + expected), section
+        text = made.text(examples[0])
+        expected = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        begin = tokenizer("").input_ids
+        assert one.ids == (expected if expected[: len(begin)] == begin else begin + expected), section
 
 
 def test_auto_is_transformers_own_rendering(tokenizer: Any) -> None:

@@ -128,7 +128,7 @@ def test_half_of_what_the_largest_pass_had():
 def computing(model, **given):
     adopt(model)
     return Gradients(
-        model, "engine", World.alone(torch.device("cpu")), None, pad_id=0, autocast=False, beat=lambda: None, **given
+        model, "engine", World.alone(torch.device("cpu")), None, pad_id=0, autocast=None, beat=lambda: None, **given
     )
 
 

@@ -20,7 +20,8 @@ from luthier.engine.attention import CannotPackError
 from luthier.errors import RecipeError, RunError
 from luthier.sections import TrainSection
 from luthier.training.checkpoint import TrainState
-from luthier.training.loop import Training, needs_autocast
+from luthier.training.loop import Training
+from luthier.training.start import autocast_dtype
 from rows import SIZE, Rows, fit, lora, random_rows, tiny, trained
 
 ROWS = random_rows(24)
@@ -393,10 +394,10 @@ def test_bf16_arithmetic_over_fp32_weights_is_autocast(tmp_path):
 
 def test_precision_follows_the_weights_or_is_refused():
     half = lora(tiny("llama").bfloat16())
-    assert not needs_autocast(half, TrainSection()) and not needs_autocast(half, TrainSection(precision="bf16"))
+    assert autocast_dtype(half, TrainSection()) is None and autocast_dtype(half, TrainSection(precision="bf16")) is None
     with pytest.raises(RecipeError) as error:
-        needs_autocast(half, TrainSection(precision="fp32"))
-    assert str(error.value) == "train.precision: fp32, but the weights are held in bfloat16; change model.dtype"
+        autocast_dtype(half, TrainSection(precision="fp32"))
+    assert str(error.value) == "train.precision: fp32, but the weights are held in bf16; change model.dtype"
 
 
 def test_fp32_adapters_on_a_bf16_model_train(tmp_path):

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.sections import TrainSection
-from luthier.training.optim import default_lr, lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
+from luthier.models.adapters import attach
+from luthier.models.load import from_folder
+from luthier.sections import MethodSection, Quantization, TrainSection
+from luthier.training.checkpoint import latest
+from luthier.training.optim import (
+    default_lr,
+    has_gradient,
+    lr_factor,
+    make_optimizer,
+    peak_lr,
+    recall,
+    remembered,
+    set_lr,
+    warmup_steps,
+)
+from rows import fit, random_rows, tiny, trained
+
+EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
 
 
 def rates(steps, warmup, schedule, floor=0.0):
@@ -55,6 +72,14 @@ def test_default_rates_come_with_a_reason():
     assert peak_lr(TrainSection(lr=3e-3), "full") == 3e-3
 
 
+def test_lion_takes_a_fifth_of_the_rate_and_its_own_betas():
+    assert default_lr("lora", "lion_8bit")[0] == peak_lr(TrainSection(optimizer="lion_8bit"), "lora") == 4e-5
+    assert "a fifth of AdamW's 2e-05" in default_lr("full", "lion_8bit")[1]
+    assert TrainSection(optimizer="lion_8bit").betas == (0.9, 0.99)
+    assert TrainSection(optimizer="lion_8bit", betas=(0.5, 0.6)).betas == (0.5, 0.6)
+    assert TrainSection(optimizer="adamw_8bit").betas == TrainSection().betas == (0.9, 0.999)
+
+
 def test_a_floor_above_the_peak_is_refused():
     with pytest.raises(RecipeError) as error:
         peak_lr(TrainSection(min_lr=1e-3), "lora")
@@ -80,3 +105,124 @@ def test_only_matrices_decay():
 
 def test_matrices_alone_make_one_group():
     assert len(make_optimizer({"a": nn.Parameter(torch.zeros(2, 2))}, TrainSection()).param_groups) == 1
+
+
+# -- in 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+def weights_and_gradients():
+    """A matrix of 8-bit size, and one below it."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: nn.Parameter(torch.randn(n, 64, generator=generator)) for name, n in (("large", 64), ("b", 4))}
+    for value in parameters.values():
+        value.grad = torch.randn(value.shape, generator=generator)
+    return parameters
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_what_is_small_is_remembered_in_32_bits_and_all_settings_arrive(name):
+    said, parameters = [], weights_and_gradients()
+    section = TrainSection(optimizer=name, weight_decay=0.5, betas=(0.8, 0.9))
+    optimizer = make_optimizer(parameters, section, said.append)
+    set_lr(optimizer, 0.1)
+    optimizer.step()
+    assert [(group["lr"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.1, (0.8, 0.9), 0.5)
+    ]
+    assert [optimizer.state[value]["state1"].dtype for value in parameters.values()] == [torch.uint8, torch.float32]
+    paged = name == "paged_adamw_8bit"
+    assert said == ["train.optimizer: a CPU has nothing to page to: paged_adamw_8bit is adamw_8bit"] * paged
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
+def test_the_steps_are_those_of_the_formula(name):
+    """AdamW as PyTorch computes it; Lion (Chen et al. 2023): -lr · (sign(b1·m + (1-b1)·g) + decay · w)."""
+    ours, theirs = weights_and_gradients(), weights_and_gradients()
+    section = TrainSection(optimizer=name, weight_decay=0.1)
+    optimizer = make_optimizer(ours, section)
+    set_lr(optimizer, 0.01)
+    reference = make_optimizer(theirs, section.model_copy(update={"optimizer": "adamw"}))
+    set_lr(reference, 0.01)
+    momentum = {key: torch.zeros_like(value) for key, value in theirs.items()}
+    for _ in range(3):
+        optimizer.step()
+        if name == "adamw_8bit":
+            reference.step()
+            continue
+        for key, value in theirs.items():
+            step = torch.sign(0.9 * momentum[key] + 0.1 * value.grad)
+            momentum[key] = 0.99 * momentum[key] + 0.01 * value.grad
+            value.data = value.data * (1 - 0.01 * 0.1) - 0.01 * step
+    assert (ours["b"] - theirs["b"]).abs().max() < 1e-6
+    assert (ours["large"] - theirs["large"]).abs().mean() < 1e-3  # of 3e-2 that it moves: what 8 bits make of it
+
+
+@pytest.mark.parametrize("name", ["adamw", *EIGHT_BITS])
+def test_a_gradient_is_seen_in_what_is_remembered(name):
+    parameters = weights_and_gradients()
+    optimizer = make_optimizer(parameters, TrainSection(optimizer=name))
+    set_lr(optimizer, 0.01)
+    assert not any(has_gradient(optimizer, value) for value in parameters.values())
+    gradients = [value.grad for value in parameters.values()]
+    for value in parameters.values():
+        value.grad = torch.zeros_like(value)
+    optimizer.step()
+    assert not any(has_gradient(optimizer, value) for value in parameters.values())
+    for value, gradient in zip(parameters.values(), gradients, strict=True):
+        value.grad = gradient
+    optimizer.step()
+    assert all(has_gradient(optimizer, value) for value in parameters.values())
+
+
+def test_paged_memory_is_paged_again_after_a_resume(monkeypatch):
+    """Stands in for a GPU: the buffers that bitsandbytes makes are marked, and must be the ones that are filled."""
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    plain = Optimizer8bit.get_state_buffer
+
+    def paged(self, value, dtype=torch.float32):
+        buffer = plain(self, value, dtype)
+        buffer.is_paged = True
+        return buffer
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", paged)
+    monkeypatch.setattr(Optimizer8bit, "prefetch_state", lambda self, value: None)
+    parameters = weights_and_gradients()
+    first, second = (make_optimizer(parameters, TrainSection(optimizer="paged_adamw_8bit")) for _ in range(2))
+    set_lr(first, 0.01)
+    first.step()
+    for value in parameters.values():
+        kept = {key: part.clone() for key, part in remembered(first, value).items()}
+        assert not any(key.startswith("qmap") for key in kept)
+        recall(second, value, kept)
+        before, after = first.state[value], second.state[value]
+        assert after["state1"].is_paged and after["state2"].is_paged and after["step"] == before["step"] == 1
+        assert after.keys() == before.keys() and all(
+            torch.equal(before[key], after[key]) for key in kept if key != "step"
+        )
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_resumed_run_on_a_quantised_base_ends_bit_for_bit_as_one_that_never_stopped(tmp_path: Path, name):
+    """And a checkpoint holds the adapter alone: rank 128 × 32 columns are 4,096 numbers, remembered in 8 bits."""
+    tiny("qwen2").save_pretrained(tmp_path / "base")
+    section = TrainSection(batch=4, steps=4, lr=1e-3, save_every=2, optimizer=name, tokens_per_pass=64)
+
+    def run(folder: str, **options):
+        asked = Quantization(double_quant=True)
+        base = from_folder(tmp_path / "base", torch.float32, torch.device("cpu"), quantized=asked)[0]
+        model = attach(base, MethodSection(r=128, target=["q_proj", "down_proj"], dropout=0.1), 0, say=lambda _: None)
+        outcome = fit(tmp_path / folder, model, random_rows(8), section, proof=False, **options)
+        return outcome.losses, trained(model)
+
+    losses, straight = run("straight")
+    (tmp_path / "again").mkdir()
+    half = tmp_path / "straight" / "checkpoints" / "step-000002"
+    (tmp_path / "again" / "metrics.jsonl").write_bytes((tmp_path / "straight" / "metrics.jsonl").read_bytes())
+    again, resumed = run("again", resume=half)
+    assert again == losses
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+    newest = latest(tmp_path / "straight" / "checkpoints")
+    trains = sum(value.nbytes for value in straight.values())
+    assert sum(file.stat().st_size for file in newest.glob("*.safetensors")) < 3.5 * trains + 50_000

@@ -11,7 +11,7 @@ from luthier.sections import TrainSection
 from luthier.training.distributed import World, join
 from rows import fit, lora, random_rows, tiny
 
-FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt", "glm", "phi3", "mistral")
+FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "opt", "glm", "phi3", "mistral", "yuan")
 FULL = ("llama, full", "opt, full")
 """Fine-tuned whole, without dropout; Llama's head is its embedding."""
 CASES = (*FAMILIES, *FULL)

@@ -10,16 +10,16 @@ is one token in every tokenizer at hand.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, pre_tokenizers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from luthier.data.formats import BadRow, Conversation, Message
 from luthier.data.templates import Marks, Rendered, Segment, load_template, taught
@@ -28,6 +28,7 @@ from luthier.sections import DataSection
 
 ENCODER_VERSION = 1  # part of the cache's key: raise it when the same row would give other tokens
 REMEMBERED = 4096  # sections kept for the whole run: system prompts, role names, line breaks
+NO_PREFIX = b"\x1a\x02\x18\x00"  # behind a SentencePiece model: normalizer_spec { add_dummy_prefix: false }
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,27 @@ class Encoder:
         self._head = _copy(tokenizer.backend_tokenizer)
         self._inner, self._prefix_once = _without_prefix(self._head)
         self._remembered: dict[tuple[bool, str], list[int]] = {}
+        self._parses = not tokenizer.split_special_tokens  # special tokens in a raw prompt
+        self._begin: list[int] = []
+        self._exact: dict[bool, SentencePieceProcessor] = {}  # makes the ids where the fast tokenizer cannot
         self._check_against(tokenizer)
-        begun = tokenizer("")["input_ids"]
-        self._bos = [tokenizer.bos_token_id] if begun[:1] == [tokenizer.bos_token_id] else []
+        self._begin = _begin(tokenizer)
+        model: bytes | None = getattr(tokenizer, "sentencepiece_model", None)
+        if model:
+            self._exact[True] = SentencePieceProcessor(model_proto=model)
+            self._exact[False] = SentencePieceProcessor(model_proto=model + NO_PREFIX)
         self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end()})
         self._identity = {
             "tokenizer": hashlib.sha256(self._head.to_str().encode()).hexdigest(),
-            "bos": self._bos,
+            "bos": self._begin,
             "bos_text": self.marks.bos,
             "eos": self.marks.eos,
             "template": self.template.source,
             "today": today.isoformat() if "strftime_now" in self.template.source else None,
             "encoder": ENCODER_VERSION,
         }
+        if model:
+            self._identity["sentencepiece"] = hashlib.sha256(model).hexdigest()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -142,8 +151,8 @@ class Encoder:
     def prompt(self, said: str | Sequence[Message], raw: bool) -> list[int]:
         """The ids that generation starts from; a training row of the same prompt begins with the very same ones.
 
-        `raw`: `said` is text, taken as it is (special tokens in it are parsed), BOS by the tokenizer's rule. Else a
-        string is the user's turn under the template; system prompt and `before_prompt` are put in as for a row.
+        `raw`: `said` is text, taken as it is; special tokens in it and BOS are by the tokenizer's rule. Else a string
+        is the user's turn under the template; system prompt and `before_prompt` are put in as for a row.
         Errors: DataError where the template refuses the messages, or the text holds what no text may.
         """
         messages = [Message("user", said)] if isinstance(said, str) else list(said)
@@ -151,7 +160,8 @@ class Encoder:
             if re.search("[\ud800-\udfff\ufdd0\ufdd1]", message.content):
                 raise DataError(f"prompt {ascii(message.content)[:60]}: a lone surrogate or U+FDD0 is no text")
         if raw:
-            return self._flat([[Segment(messages[0].content, False)]], strip=False)
+            text = messages[0].content if self._parses else self.marks.protect(messages[0].content)
+            return self._flat([[Segment(text, False)]], strip=False)
         try:
             return self._flat(self.template.prompt(self._as_row(messages)), strip=True)
         except BadRow as error:
@@ -211,14 +221,21 @@ class Encoder:
         known = self._remembered
         fresh = [key for key in wanted if key not in known]
         found: dict[tuple[bool, str], list[int]] = {}
-        for head, tokenizer in ((True, self._head), (False, self._inner)):
+        for head in (True, False):
             keys = [key for key in fresh if key[0] is head]
-            batch = tokenizer.encode_batch_fast([text for _, text in keys], add_special_tokens=False)
-            found.update((key, encoding.ids) for key, encoding in zip(keys, batch, strict=True))
+            found.update(zip(keys, self._ids_of([text for _, text in keys], head), strict=True))
         for key, ids in found.items():
             if wanted[key] > 1 and len(known) < REMEMBERED:
                 known[key] = ids
         return {**found, **{key: known[key] for key in wanted if key in known}}
+
+    def _ids_of(self, texts: list[str], head: bool) -> list[list[int]]:
+        """Texts without special tokens → ids, in native threads."""
+        if self._exact:
+            exact: list[list[int]] = self._exact[head].encode(texts)
+            return exact
+        tokenizer = self._head if head else self._inner
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _assemble(
         self, rendered: Rendered, plan: list[Section | Mark], known: dict[tuple[bool, str], list[int]]
@@ -234,8 +251,8 @@ class Encoder:
                 apart += 1
                 pieces = self._apart(unit)
             parts += pieces
-        if self._bos and parts[0][0][:1] != self._bos:
-            parts.insert(0, (self._bos, False))
+        if list(islice(chain.from_iterable(ids for ids, _ in parts), len(self._begin))) != self._begin:
+            parts.insert(0, (self._begin, False))
         ids, spans = _joined(parts)
         if not spans:
             return BadRow("no token of it is supervised")
@@ -259,22 +276,21 @@ class Encoder:
 
     def _apart(self, section: Section) -> list[tuple[list[int], bool]]:
         return [
-            ((self._inner if i or not section.head else self._head).encode(text, add_special_tokens=False).ids, flag)
-            for i, (text, flag) in enumerate(section.pieces)
+            (self._ids_of([text], section.head and not i)[0], flag) for i, (text, flag) in enumerate(section.pieces)
         ]
 
     def _flat(self, rendered: Rendered, strip: bool) -> list[int]:
         plan = self._plan(rendered)
-        if strip and plan and isinstance(plan[-1], Section):
+        if strip and plan and isinstance(plan[-1], Section) and rendered[-1]:
             last = plan.pop()
             assert isinstance(last, Section)
             plan += self._section([Segment(last.text.rstrip(" "), False)], last.head)
         known = self._encode_sections(unit for unit in plan if isinstance(unit, Section))
         ids = [i for unit in plan for i in ([unit.id] if isinstance(unit, Mark) else known[unit.head, unit.text])]
-        return ids if ids[:1] == self._bos else [*self._bos, *ids]
+        return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
 
     def count(self, text: str) -> tuple[int, list[int]]:
-        """Tokens of a plain text, and for each the character at which it ends."""
+        """Tokens of a plain text, and for each the character at which it ends: the fast tokenizer's, for a cut."""
         encoding = self._head.encode(text, add_special_tokens=False)
         return len(encoding.ids), [stop for _, stop in encoding.offsets]
 
@@ -301,14 +317,20 @@ class Encoder:
 
     def _check_against(self, tokenizer: Any) -> None:
         """Sections encoded one by one must be what the tokenizer itself makes of the whole text."""
-        self._bos = []
         for text in ("Ab c{0}d 中 {0}\ne", "{0}x{0}  y", "no mark, 两 words"):
             probe = text.format(self.marks.eos)
-            expected = tokenizer.encode(probe, add_special_tokens=False)
+            expected = tokenizer.encode(probe, add_special_tokens=False, split_special_tokens=False)
             if self._flat([[Segment(probe, False)]], strip=False) != expected:
                 raise DataError(
                     f"this tokenizer ({type(tokenizer).__name__}) encodes text around special tokens unlike its parts"
                 )
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: BOS, `[gMASK] sop`, or nothing."""
+    whole: list[int] = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return whole[: next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)]
 
 
 def _without_prefix(head: Tokenizer) -> tuple[Tokenizer, bool]:
@@ -318,18 +340,18 @@ def _without_prefix(head: Tokenizer) -> tuple[Tokenizer, bool]:
         inner = _copy(head)
         inner.pre_tokenizer = pre_tokenizers.Metaspace(pre.replacement, prepend_scheme="never", split=pre.split)
         return inner, pre.prepend_scheme == "first"
-    layout = json.loads(head.normalizer.__getstate__()) if head.normalizer else {}
-    parts = layout.get("normalizers", [])
-    if any(part["type"] == "Prepend" for part in parts):
-        whole = json.loads(head.to_str())
-        whole["normalizer"]["normalizers"] = [part for part in parts if part["type"] != "Prepend"]
-        return _copy(head, json.dumps(whole)), False
+    whole = head.normalizer
+    parts = [whole[i] for i in range(len(whole))] if isinstance(whole, normalizers.Sequence) else []
+    if any(isinstance(part, normalizers.Prepend) for part in parts):
+        inner = _copy(head)
+        inner.normalizer = normalizers.Sequence([part for part in parts if not isinstance(part, normalizers.Prepend)])
+        return inner, False
     return head, False
 
 
-def _copy(tokenizer: Tokenizer, layout: str | None = None) -> Tokenizer:
+def _copy(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer of our own, in which a text never yields special tokens."""
-    own = Tokenizer.from_str(layout or tokenizer.to_str())
+    own = Tokenizer.from_str(tokenizer.to_str())
     own.no_padding()
     own.no_truncation()
     own.encode_special_tokens = True

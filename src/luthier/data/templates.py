@@ -60,6 +60,10 @@ class Marks:
         spelt = {name: re.escape(name) for name in longest_first}
         for name, (left, right) in self.wide.items():
             spelt[name] = r"\s*" * left + spelt[name] + r"\s*" * right
+        behind = "|".join(f"(?<={re.escape(name)})" for name in longest_first if not name.isalnum())
+        for name in longest_first:
+            if name.isalnum() and name not in (self.bos, self.eos):  # ChatGLM3's `sop`, `eop`: not in "Philosophy"
+                spelt[name] = f"(?:{behind or '(?!)'}){spelt[name]}"
         object.__setattr__(self, "pattern", re.compile("|".join(spelt.values()) or r"(?!)"))
         object.__setattr__(self, "spelt", re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"))
 
@@ -330,7 +334,10 @@ def _pair(name: str, marks: Marks, begin: str, between: str, end: str) -> Templa
         texts = asked(question, _everything(conversation.messages, which))
         return Rows([[*texts, [Segment(marks.protect(answer.content) + end, which[-1])]]], split=False)
 
-    return Template(name, name, rows, asked, alone=True)
+    def prompt(messages: Sequence[Message]) -> Rendered:
+        return [*asked(messages), []]  # the answer is a text of its own: no blank of the question's moves to it
+
+    return Template(name, name, rows, prompt, alone=True)
 
 
 def _glm3_pair(marks: Marks) -> Template:

@@ -25,6 +25,8 @@ NOTHING_TO_ATTENTION = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch"}
 )
 """Keywords that transformers passes along and that change nothing here. Any other is a reason not to pack."""
+WHOLE = frozenset({"full_attention", "hybrid"})
+"""Kinds of layers that attend to all that came before; a hybrid one has a state of its own besides (Yuan2's filter)."""
 
 
 class CannotPackError(Exception):
@@ -108,7 +110,7 @@ def _refuse_hidden_window(module: nn.Module, sliding_window: int | None) -> None
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[module.layer_idx] if kinds else "full_attention"
-    if sliding_window is not None or (kind == "full_attention" and (kinds or not _has_window(config))):
+    if sliding_window is not None or (kind in WHOLE and (kinds or not _has_window(config))):
         return
     raise CannotPackError(f"{type(module).__name__} keeps its window in the mask")
 

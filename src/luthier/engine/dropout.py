@@ -133,8 +133,14 @@ def keyed(model: nn.Module, seed: int) -> Iterator[bool]:
     masking instead of before it, in PEFT: the same numbers for half of what dropout would add to a step.
     """
     table = cache(partial(keep_table, seed))  # one a (p, dtype, device), given up with this context
+    shared: dict[nn.Module, KeyedDropout] = {}  # layers with one A have one dropout: the first one's name
     places = [
-        (layer, adapter, dropout, _keyed_like(dropout, name, layer.lora_A[adapter].weight.dtype, table))
+        (
+            layer,
+            adapter,
+            dropout,
+            shared.setdefault(dropout, _keyed_like(dropout, name, layer.lora_A[adapter].weight.dtype, table)),
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
         for adapter, dropout in layer.lora_dropout.items()
@@ -173,9 +179,9 @@ def check_keys(model: Any) -> None:
     (An expert of its own sees those alone that are sent to it.) Nothing changes; without dropout nothing is computed.
     """
     with keyed(model, 0) as dropping, of_base(model).off(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        if not dropping:
-            return
         trains, device = model.training, next(model.parameters()).device
+        if not dropping or device.type == "meta":
+            return
         ids = torch.arange(16, device=device).view(2, 8) % model.get_input_embeddings().num_embeddings
         set_keys(model, ids.flatten())
         try:

@@ -96,7 +96,7 @@ def prove(
     *,
     pad_id: int,
     device: torch.device,
-    autocast: bool,
+    autocast: torch.dtype | None,
     seed: int | None,
     gradients: bool = True,
 ) -> Proof:
@@ -107,7 +107,7 @@ def prove(
     """
     began = time.monotonic()
     bench = _Bench(model, examples, pad_id, device, autocast, seed)
-    name, of_loss, of_gradient = TOLERANCE[torch.bfloat16 if autocast else base_of(model).dtype]
+    name, of_loss, of_gradient = _tolerance(base_of(model), autocast)
     with _stirred(bench.parameters):
         first, drawn = bench.first(rows[:FEW])  # warms caches and kernels up, and would tell a time far too long
         looked = time.monotonic()
@@ -146,6 +146,12 @@ def prove(
     return Proof(route, said, record)
 
 
+def _tolerance(base: Any, autocast: torch.dtype | None) -> tuple[str, float, float]:
+    """That of the coarsest format that takes part: quantised layers may compute in one of their own."""
+    formats = {autocast or base.dtype, getattr(base, "luthier_arithmetic", None) or base.dtype}
+    return max((TOLERANCE[dtype] for dtype in formats), key=lambda tolerance: tolerance[1])
+
+
 @dataclass(frozen=True)
 class _Bench:
     """Computes the same rows either way."""
@@ -154,7 +160,7 @@ class _Bench:
     examples: Examples
     pad_id: int
     device: torch.device
-    autocast: bool
+    autocast: torch.dtype | None
     seed: int | None
 
     @property
@@ -193,7 +199,7 @@ class _Bench:
         for each in (part, replace(part, ids=others)):
             pass_ = on_device(each, self.device, self.seed)
             dropout.set_keys(self.model, pass_.layout.keys)
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 hidden = base_of(self.model).get_decoder()(**inputs(pass_)).last_hidden_state
             states.append(hidden[0, start:stop].float())
         moved: Tensor = (states[0] - states[1]).abs().max() / states[0].std()
@@ -206,7 +212,7 @@ class _Bench:
         for part in packed:
             given = part if way != "reference" else pad(self.examples, part.rows, self.pad_id)
             on = on_device(given, self.device, self.seed)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 total = total + (
                     reference_loss(self.model, on) if way == "reference" else SummedLoss(self.model, way)(on)
                 )

@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from luthier.engine import dropout
 from luthier.errors import ModelError
 from luthier.folder import write_json
+from luthier.models import quantize
+from luthier.models.fused import difference, fused_names, tie, unfused
 from luthier.models.load import Say
 from luthier.models.weights import name_of, weight_files
 from luthier.sections import MethodSection
@@ -40,13 +42,14 @@ def attach(
 
     lora: a PeftModel with fp32 adapters, A drawn from `seed`, B zero. full: every parameter. Base weights that
     themselves train (full, biases, modules_to_save) are turned to fp32, because a step of lr × gradient is mostly
-    below bf16's 8 bits and would be lost; train.precision decides on the arithmetic, by autocast.
-    Errors: ModelError when a name in target or modules_to_save matches no layer, when PEFT cannot adapt one, or when
-    an adapter's dropout would depend on how rows are cut.
+    below bf16's 8 bits and would be lost; train.precision decides on the arithmetic, by autocast. Quantised weights
+    stay quantised under it. Errors: ModelError when a name in target or modules_to_save matches no layer, when a
+    quantised layer is to train, when PEFT cannot adapt one, or when an adapter's dropout would depend on how rows are
+    cut.
     """
     if (method.kind == "full" or method.bias != "none" or method.modules_to_save) and model.dtype != torch.float32:
         say(f"weights turned from {name_of(model.dtype)} to fp32: those that train would lose small updates")
-        model.float()
+        quantize.widen(model)
     if method.kind == "full":
         model.requires_grad_(True)
         say(f"full: {_share(model)}")
@@ -58,17 +61,20 @@ def attach(
         lora_alpha=int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
         lora_dropout=method.dropout,
         bias=method.bias,
-        target_modules=targets,
+        target_modules=unfused(targets),
         fan_in_fan_out=_is_transposed(model, targets),
         modules_to_save=method.modules_to_save or None,
     )
     _say_untied(model, [*targets, *method.modules_to_save], say)
+    if line := difference(model, targets, method.r):
+        say(line)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # PEFT draws A on the CPU, so a seed gives the same adapter on every device
         try:
             adapted = get_peft_model(model, config, revision=revision)
         except ValueError as error:
             raise _refused(model, targets, error) from error
+    tie(adapted, targets)
     dropout.check_keys(adapted)
     _remember_biases(adapted, config)
     say(f"LoRA r {method.r}, alpha {method.alpha:g} on {' '.join(targets)}: {_share(adapted)}")
@@ -89,7 +95,9 @@ def save_adapter(
         model.save_pretrained(folder)
         return
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" would ask the hub
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}, folder / TENSORS)
+    # cloned where layers may share it: a safetensors file holds no tensor under two names
+    apart = {name: tensor.clone() if ".lora_A." in name else tensor for name, tensor in sorted(tensors.items())}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in apart.items()}, folder / TENSORS)
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["base_model_name_or_path"] = str(Path(model.get_base_model().name_or_path).absolute())
@@ -201,6 +209,7 @@ def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
     kind = model.config.model_type
     layers = [name for name, module in model.named_modules() if _is_layer(module)]
     _check_names(method.modules_to_save, "modules_to_save", layers, kind)
+    _refuse_quantised(model, method.modules_to_save)
     for name in method.modules_to_save:  # PEFT compares bare endings here: "norm" is "input_layernorm" too
         if more := [layer for layer in layers if layer.endswith(name) and not f".{layer}".endswith(f".{name}")]:
             raise ModelError(
@@ -211,8 +220,9 @@ def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
     if isinstance(method.target, str):
         return [name for name in _last_names(body) if name not in method.modules_to_save]
     candidates = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))]
-    _check_names(method.target, "target", candidates, kind, shown=_last_names(body))
-    if twice := sorted(set(method.target) & set(method.modules_to_save)):
+    fused = fused_names(model)
+    _check_names(method.target, "target", [*candidates, *fused], kind, shown=_last_names([*body, *fused]))
+    if twice := sorted(set(unfused(method.target)) & set(method.modules_to_save)):
         raise ModelError(f"target and modules_to_save both name {', '.join(twice)}; train it one way or the other")
     return list(method.target)
 
@@ -222,7 +232,7 @@ def _is_linear(module: nn.Module) -> bool:
 
     Some that are called so do not: routers give back tuples, grouped layers other shapes; PEFT would break them.
     """
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D) or quantize.is_quantised(module):
         return True
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
@@ -232,7 +242,8 @@ def _is_linear(module: nn.Module) -> bool:
             found, expected = module(given.clone()), nn.functional.linear(given, module.weight, module.bias)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2)
+    alike = isinstance(found, Tensor) and found.shape == expected.shape
+    return alike and (found.is_meta or torch.allclose(found, expected, rtol=1e-2))
 
 
 def _is_transposed(model: nn.Module, targets: Sequence[str]) -> bool:
@@ -264,6 +275,16 @@ def _check_names(
         raise ModelError(f"{field}: {name} matches no layer of this {kind} model; {hint}{there}")
 
 
+def _refuse_quantised(model: PreTrainedModel, saved: Sequence[str]) -> None:
+    quantised = [name for name, module in model.named_modules() if quantize.is_quantised(module)]
+    for name in saved:
+        if layer := next((layer for layer in quantised if f".{layer}".endswith(f".{name}")), None):
+            raise ModelError(
+                f"modules_to_save: {name}: {layer} is quantised and cannot be trained whole; "
+                "give it an adapter (method.target), or set model.quantize: none"
+            )
+
+
 def _last_names(layers: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
 
@@ -281,7 +302,7 @@ def _say_untied(model: PreTrainedModel, names: Sequence[str], say: Say) -> None:
 
 
 def _share(model: nn.Module) -> str:
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(quantize.numbers(parameter) for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{trained:,} of {total:,} parameters train ({trained / total:.2%})".replace("%", " %")
 

@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from luthier.errors import ModelError
+from luthier.models import families, quantize
 from luthier.models.device import idle_gpus, pick_device
+from luthier.models.tokenizers import vendor_tokenizer
 from luthier.models.weights import DTYPES, name_of, open_weights
 from luthier.quiet import quiet
-from luthier.sections import ModelSection
+from luthier.sections import ModelSection, Quantization
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -51,6 +53,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     Errors: ModelError when there is none, or none that gives offsets (vendor code is never run for a tokenizer).
     """
     _check_folder(path)
+    if (known := vendor_tokenizer(path)) is not None:
+        return known
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(f"{path}: it holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
@@ -66,13 +70,17 @@ def load_model(path: Path, section: ModelSection, device: torch.device, *, say: 
     """Load a model folder for inference onto one device, in the number format that the section asks for.
 
     Says the format and why, and what was repaired in its generation_config. Errors: ModelError when something is
-    missing, contradicts the weights, is quantised, or is vendor code that the section does not trust.
+    missing, contradicts the weights, is quantised already, or is vendor code that the section does not trust.
     """
+    if asked := quantize.quantization(section.quantize):
+        quantize.check_installed(f"quantize: {asked.kind}")
     config = read_config(path)
     native = check_architecture(path, config, section.trust_vendor_code)
     dtype, reason = choose_dtype(section.dtype, open_weights(path).dtype, device)
     say(f"{section.name}: weights in {name_of(dtype)}: {reason}")
-    model, unused = from_folder(path, dtype, device, vendor_code=not native)
+    if asked:
+        say(f"{section.name}: {quantize.described(asked, dtype, device)}")
+    model, unused = from_folder(path, dtype, device, vendor_code=not native, quantized=asked)
     if unused:
         say(f"{section.name}: {len(unused)} stored tensors are no part of the model, the first is {unused[0]}")
     for repair in generation_settings(path)[1]:
@@ -81,12 +89,18 @@ def load_model(path: Path, section: ModelSection, device: torch.device, *, say: 
 
 
 def from_folder(
-    path: Path, dtype: torch.dtype, device: torch.device, *, vendor_code: bool = False
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    vendor_code: bool = False,
+    quantized: Quantization | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model in exactly this format, in eval mode, and the tensors of its files that it does not use.
 
     Errors: ModelError when transformers cannot load it, or a tensor is missing (it would start at random).
     """
+    families.register()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path.absolute(),
@@ -96,11 +110,15 @@ def from_folder(
             local_files_only=True,
             trust_remote_code=vendor_code,
             output_loading_info=True,
+            **({"quantization_config": quantize.loading(quantized, dtype)} if quantized else {}),
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"{path}: it cannot be loaded ({_first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{path}: its files lack {len(missing)} tensors of the model, the first is {missing[0]}")
+    families.settle(model, read_config(path))
+    if quantized:
+        quantize.settle(model, quantize.arithmetic(quantized, device))
     return model, sorted(report["unexpected_keys"])
 
 
@@ -182,9 +200,9 @@ def window_of(model: Any) -> int | None:
 def footprint(model: torch.nn.Module) -> str:
     """Size in one line, shared weights counted once: "2.5 MiB of weights (fp32), 655,000 parameters"."""
     parameters = list(model.parameters())
-    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    count = sum(parameter.numel() for parameter in parameters)
-    formats = ", ".join(dict.fromkeys(name_of(parameter.dtype) for parameter in parameters))
+    size = quantize.bytes_of(parameters)
+    count = sum(map(quantize.numbers, parameters))
+    formats = ", ".join(dict.fromkeys(map(quantize.format_of, parameters)))
     power, unit = next(
         (p, u) for p, u in ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "bytes")) if size >= 2**p or not p
     )
@@ -211,6 +229,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def check_architecture(path: Path, config: dict[str, Any], trusted: bool) -> bool:
     """Whether transformers knows the model itself; else it must bring vendor code that the user trusts."""
     kind = config.get("model_type")
+    if families.family_of(config) is not None:
+        families.check(path, config)
+        return True
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return True
     if "AutoModelForCausalLM" not in config.get("auto_map", {}):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from luthier.engine.forward import Route
 from luthier.errors import RunError
 from luthier.folder import folder_atomic, write_json
+from luthier.training.optim import recall, remembered
 
 STATE = "state.json"
 TENSORS = "state.safetensors"
@@ -40,6 +41,8 @@ class TrainState:
     tokens_per_pass: int  # decided once: other cuts after a resume would round otherwise
     asked: int | Literal["auto"] | None = None  # by the recipe, when that was decided
     route: Route = "engine"  # decided once, by the proof
+    scale: float = 1.0  # of the loss, in fp16
+    steady: int = 0  # steps in a row at that scale
     step: int = 0  # optimizer steps taken
     best_step: int | None = None
     best_eval: float | None = None
@@ -146,8 +149,8 @@ def _tensors(
 ) -> dict[str, Tensor]:
     tensors = {f"weight/{name}": parameter.detach().contiguous() for name, parameter in weights.items()}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = value.contiguous()
+        for key, value in remembered(optimizer, parameter).items():
+            tensors[f"optimizer/{name}/{key}"] = value
     for rank, each in enumerate(generators):
         tensors |= {f"rng/{rank}/{kind}": value for kind, value in each.torch.items()}
     return tensors
@@ -178,12 +181,13 @@ def _weights(folder: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Te
 def _load_optimizer(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
+    kept: dict[str, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         if path.startswith("optimizer/"):
             name, _, key = path.removeprefix("optimizer/").rpartition("/")
-            parameter = parameters[name]
-            # AdamW keeps its step counter on the CPU.
-            optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+            kept.setdefault(name, {})[key] = value
+    for name, values in kept.items():
+        recall(optimizer, parameters[name], values)
 
 
 def _load_generators(record: dict[str, Any], tensors: dict[str, Tensor], rank: int, device: torch.device) -> None:

@@ -34,7 +34,8 @@ class Gradient(NamedTuple):
 class Gradients:
     """Computes losses and gradients of one model; which of its parameters train is settled.
 
-    seed: of the dropout, None where there is none. autocast: bf16 arithmetic over fp32 weights.
+    seed: of the dropout, None where there is none. autocast: the format of the
+    arithmetic where it is not the weights' own.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Gradients:
         seed: int | None,
         *,
         pad_id: int,
-        autocast: bool,
+        autocast: torch.dtype | None,
         beat: Callable[[], None],
     ) -> None:
         self.route, self.world, self.seed, self.pad_id, self.autocast, self.beat = (
@@ -61,9 +62,15 @@ class Gradients:
         self.shared = world.wrap(self.alone)
 
     def of_step(
-        self, examples: Examples, rows: np.ndarray, step: int, tokens_per_pass: int, stop: int | None
+        self,
+        examples: Examples,
+        rows: np.ndarray,
+        step: int,
+        tokens_per_pass: int,
+        stop: int | None,
+        scale: float = 1.0,
     ) -> Gradient:
-        """Put the gradient of these rows into the parameters; `step` counts from 0.
+        """Put the gradient of these rows, times `scale`, into the parameters; `step` counts from 0.
 
         Errors: torch's own (memory.is_full) where memory runs out, with part of the gradient in the parameters.
         """
@@ -76,7 +83,7 @@ class Gradients:
             part = parts[number] if number < len(parts) else self.smallest(examples, rows)
             with self.world.not_yet(self.shared, number < most - 1):
                 loss = self.loss(part, step, self.shared) / supervised * (number < len(parts))
-                torch.autograd.backward(loss * self.world.size)  # the processes' gradients are averaged
+                torch.autograd.backward(loss * (scale * self.world.size))  # the processes' gradients are averaged
             mean += loss.detach()
             self.beat()
         return Gradient(mean, supervised, most, stopped)
@@ -94,7 +101,7 @@ class Gradients:
 
     def loss(self, part: Pass, step: int = 0, module: Any = None) -> Tensor:
         """Sum over the supervised tokens of a pass: a fp32 scalar."""
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.world.device.type, self.autocast, enabled=self.autocast is not None):
             loss: Tensor = (module or self.alone)(on_device(part, self.world.device, self.seed, step))
         return loss
 

@@ -20,6 +20,7 @@ from luthier.errors import RunError
 from luthier.folder import FULL
 from luthier.training.checkpoint import latest
 from luthier.training.launch import ECHO, heeded, launched
+from luthier.training.optim import has_gradient
 
 CHECKED = 3
 """Steps after which every trainable tensor must have moved: LoRA's A moves from the second step on, when B is not 0."""
@@ -58,7 +59,9 @@ class Movement:
         if step not in (CHECKED, self.again):
             return
         still = [name for name, value in self.before.items() if fingerprint(self.parameters[name]) == value]
-        expected = [name for name in still if step < self.warmup and self._has_gradient(name)]
+        expected = [
+            name for name in still if step < self.warmup and has_gradient(self.optimizer, self.parameters[name])
+        ]
         if len(still) > len(expected):
             raise RunError(self._message(step, [name for name in still if name not in expected]))
         if expected:
@@ -68,12 +71,8 @@ class Movement:
             )
         self.before = {name: self.before[name] for name in expected}
 
-    def _has_gradient(self, name: str) -> bool:
-        moment = self.optimizer.state[self.parameters[name]].get("exp_avg_sq")
-        return moment is not None and bool(moment.any())
-
     def _message(self, step: int, names: list[str]) -> str:
-        lost = [name for name in names if self._has_gradient(name)]
+        lost = [name for name in names if has_gradient(self.optimizer, self.parameters[name])]
         dead = [name for name in names if name not in lost]
         reasons = [f"no gradient reaches {_some(dead)}: are they used in the forward pass?"] if dead else []
         if lost:

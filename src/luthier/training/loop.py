@@ -15,7 +15,7 @@ from torch import nn
 from luthier.data.batches import Order, total_steps
 from luthier.engine import dropout
 from luthier.engine.attention import CannotPackError
-from luthier.engine.forward import adopt
+from luthier.engine.forward import adopt, base_of
 from luthier.engine.memory import is_full
 from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
@@ -30,7 +30,9 @@ from luthier.training.monitor import Facts, Monitor
 from luthier.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
 from luthier.training.outcome import Outcome
 from luthier.training.room import check_room
-from luthier.training.start import base_dropout, choose_route, needs_autocast, recompute_activations
+from luthier.training.scale import doubled, halved, unscale
+from luthier.training.scale import first as first_scale
+from luthier.training.start import autocast_dtype, base_dropout, choose_route, recompute_activations
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
@@ -113,7 +115,7 @@ class Training:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)
         self.warmup = warmup_steps(section, self.steps)
-        self.optimizer = make_optimizer(self.parameters, section)
+        self.optimizer = make_optimizer(self.parameters, section, say)
         torch.manual_seed(section.seed)
         self.state = TrainState(0)
         if resume is not None:
@@ -133,8 +135,9 @@ class Training:
     def settle(self, first: bool, dropping: bool, proof: bool) -> None:
         """Decide on what is decided once: the path through the engine, and how much goes through it at once."""
         state, section, examples = self.state, self.section, self.data.train
-        autocast = needs_autocast(self.model, section)
+        autocast = autocast_dtype(self.model, section)
         if first:
+            state.scale = first_scale(autocast or base_of(self.model).dtype)
             state.route = choose_route(
                 self.model,
                 examples,
@@ -202,12 +205,7 @@ class Training:
         gives back that of any process."""
         began, state, section, examples = time.monotonic(), self.state, self.section, self.data.train
         rows = self.order.rows(state.step)
-        found = self.gradient(rows, stop)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), section.clip or math.inf)
-        mean, size = torch.stack((found.loss, norm.float())).tolist()  # the step's only wait for the device
-        (value,) = self.world.total([mean])
-        if not (math.isfinite(value) and math.isfinite(size)):
-            raise self.not_finite(f"step {state.step + 1}: loss {value:g}, gradient norm {size:g}", examples, rows)
+        found, value, size = self.finite_gradient(rows, stop)
         lr = self.peak * lr_factor(state.step, self.steps, self.warmup, section.schedule, section.min_lr / self.peak)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
@@ -221,12 +219,33 @@ class Training:
         self.movement.check(state.step)
         return facts, found.stop
 
+    def finite_gradient(self, rows: np.ndarray, stop: int | None) -> tuple[Gradient, float, float]:
+        """The step's gradient, clipped, with its loss and norm. In fp16 an overflow is met by a smaller loss scale."""
+        state = self.state
+        while True:
+            found = self.gradient(rows, stop)
+            unscale(self.parameters.values(), state.scale)
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.section.clip or math.inf)
+            mean, size = torch.stack((found.loss, norm.float())).tolist()  # the step's only wait for the device
+            (value,) = self.world.total([mean])
+            if math.isfinite(value) and math.isfinite(size):
+                state.steady += 1
+                state.scale = doubled(state.scale, state.steady)
+                return found, value, size
+            half = halved(state.scale, value, size)
+            if half is None:
+                where = f"step {state.step + 1}: loss {value:g}, gradient norm {size:g}"
+                raise self.not_finite(where, self.data.train, rows)
+            self.say(f"step {state.step + 1}: fp16 overflowed; computed again at a loss scale of {half:g}")
+            self.optimizer.zero_grad()
+            state.scale, state.steady = half, 0
+
     def gradient(self, rows: np.ndarray, stop: int | None) -> Gradient:
         """The step's gradient. Where memory has no room for its passes, the same in smaller ones, for good."""
         state, examples = self.state, self.data.train
         while True:
             try:
-                return self.gradients.of_step(examples, rows, state.step, state.tokens_per_pass, stop)
+                return self.gradients.of_step(examples, rows, state.step, state.tokens_per_pass, stop, state.scale)
             except RuntimeError as error:
                 half = smaller(examples.lengths[rows], state.tokens_per_pass)
                 if not is_full(error) or half is None or self.world.size > 1:

@@ -1,12 +1,13 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""The optimizer with what it remembers, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.data.batches import exact
 from luthier.errors import RecipeError
@@ -16,16 +17,25 @@ DEFAULT_LR = {
     "lora": (2e-4, "adapters start without effect and bear ten times the rate of full fine-tuning"),
     "full": (2e-5, "every weight moves, and a higher rate forgets what the model knew"),
 }
+LION = 5
+"""By how much Lion's rate is below AdamW's: its steps are all of one size (Chen et al. 2023 take 3 to 10)."""
+CONSTANT = ("qmap1", "qmap2")
+"""The tables of bitsandbytes' 8-bit codes: no part of a run's state."""
+SECOND_MOMENTS = ("exp_avg_sq", "absmax2", "state2", "absmax1", "state1")
+"""What is 0 until a gradient has come, the first that an optimizer has: PyTorch's; scales of 8 bits, or 32; Lion's."""
 
 
-def default_lr(kind: str) -> tuple[float, str]:
+def default_lr(kind: str, optimizer: str = "adamw") -> tuple[float, str]:
     """The method's learning rate where the recipe says auto, and the reason to print."""
-    return DEFAULT_LR[kind]
+    rate, why = DEFAULT_LR[kind]
+    if optimizer == "lion_8bit":
+        return rate / LION, f"a fifth of AdamW's {rate:g}, as Lion's steps are all of one size"
+    return rate, why
 
 
 def peak_lr(section: TrainSection, kind: str) -> float:
     """The highest learning rate of the run. Errors: RecipeError where min_lr lies above it."""
-    peak = default_lr(kind)[0] if section.lr == "auto" else section.lr
+    peak = default_lr(kind, section.optimizer)[0] if section.lr == "auto" else section.lr
     if section.min_lr > peak:
         raise RecipeError(f"train.min_lr: {section.min_lr:g} is above the learning rate {peak:g}; lower it or raise lr")
     return peak
@@ -53,15 +63,66 @@ def lr_factor(
     return max(factor, floor)
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], section: TrainSection) -> torch.optim.AdamW:
-    """AdamW over named parameters; only matrices decay. Its rate is set before each step (`set_lr`)."""
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], section: TrainSection, say: Callable[[str], None] = lambda _: None
+) -> torch.optim.Optimizer:
+    """The section's optimizer over named parameters; only matrices decay. Its rate is set before each step (`set_lr`).
+
+    Says where it pages nothing.
+    """
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=section.betas, eps=section.eps)
+    groups = [group for group in groups if group["params"]]
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps)
+    from bitsandbytes import optim
+
+    if section.optimizer == "lion_8bit":
+        return optim.Lion8bit(groups, betas=section.betas)  # type: ignore[no-any-return]
+    paged = section.optimizer == "paged_adamw_8bit"
+    if paged and next(iter(parameters.values())).device.type == "cpu":
+        say("train.optimizer: a CPU has nothing to page to: paged_adamw_8bit is adamw_8bit")
+        paged = False
+    return optim.AdamW8bit(groups, betas=section.betas, eps=section.eps, is_paged=paged)  # type: ignore[no-any-return]
+
+
+def remembered(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer's next step depends on, for one parameter; as it is held, in 8 bits too."""
+    state = optimizer.state[parameter]
+    return {key: torch.as_tensor(value).contiguous() for key, value in state.items() if key not in CONSTANT}
+
+
+def recall(optimizer: Any, parameter: nn.Parameter, kept: dict[str, Tensor]) -> None:
+    """Put back what was `remembered`. Paged memory stays paged: bitsandbytes makes its own buffers, to be filled."""
+    state = optimizer.state[parameter]
+    if not hasattr(optimizer, "init_state"):
+        # AdamW keeps its step counter on the CPU.
+        state |= {key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()}
+        return
+    at = (
+        (g, i)
+        for g, group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(group["params"])
+        if p is parameter
+    )
+    number, index = next(at)
+    optimizer.init_state(optimizer.param_groups[number], parameter, number, index)
+    for key, value in kept.items():
+        if key == "step":
+            state[key] = int(value)
+        else:
+            state[key].copy_(value)
+
+
+def has_gradient(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether any gradient but 0 has come to a parameter so far."""
+    state = optimizer.state[parameter]
+    moment = next((state[key] for key in SECOND_MOMENTS if key in state), None)
+    return moment is not None and bool(moment.any())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

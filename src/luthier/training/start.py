@@ -16,6 +16,7 @@ from luthier.engine.forward import Route, adopt, base_of
 from luthier.engine.proof import prove, rows_to_prove
 from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, write_json
+from luthier.models.weights import DTYPES, name_of
 from luthier.sections import TrainSection
 from luthier.training.distributed import World
 
@@ -64,7 +65,7 @@ def choose_route(
     world: World,
     *,
     pad_id: int,
-    autocast: bool,
+    autocast: torch.dtype | None,
     dropping: bool,
     proof: bool,
     say: Say,
@@ -100,16 +101,20 @@ def choose_route(
     return route
 
 
-def needs_autocast(model: Any, section: TrainSection) -> bool:
-    """bf16 arithmetic over fp32 weights; else the arithmetic follows the weights. Errors: RecipeError."""
+def autocast_dtype(model: Any, section: TrainSection) -> torch.dtype | None:
+    """The format of the arithmetic where it is not the weights' own. Errors: RecipeError where it cannot be.
+
+    fp16 over bf16 weights is possible (the few unquantised layers of a model); more digits than they have is not.
+    """
     held: torch.dtype = base_of(model).dtype
-    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(section.precision, held)
-    if wanted != held and (wanted, held) != (torch.bfloat16, torch.float32):
-        name = str(held).removeprefix("torch.")
+    wanted = DTYPES.get(section.precision, held)
+    if wanted == held:
+        return None
+    if wanted == torch.float32 or (wanted, held) == (torch.bfloat16, torch.float16):
         raise RecipeError(
-            f"train.precision: {section.precision}, but the weights are held in {name}; change model.dtype"
+            f"train.precision: {section.precision}, but the weights are held in {name_of(held)}; change model.dtype"
         )
-    return wanted != held
+    return wanted
 
 
 def recompute_activations(model: Any) -> None:

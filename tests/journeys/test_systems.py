@@ -1,0 +1,200 @@
+"""Each system's recipe from look to the merged model, small; its exact figures; and the traps that it steps around."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from luthier import cli
+from luthier.recipe import load_recipe
+from systems import RECIPES, SYSTEMS, System
+
+
+class Shell(NamedTuple):
+    """The command line in a folder, in this process: the seven journeys are forty verbs."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    screen: pytest.CaptureFixture[str]
+
+    def __call__(self, *words: str, status: int = 0) -> str:
+        self.patch.chdir(self.folder)
+        self.patch.setattr(sys, "argv", ["luthier", *words])
+        ended = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            ended = int(end.code or 0)
+        said = "".join(self.screen.readouterr())
+        assert ended == status, said
+        return said
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shell]:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    shutil.copytree(RECIPES, tmp_path, dirs_exist_ok=True)
+    yield Shell(tmp_path, monkeypatch, capsys)
+
+
+def real() -> Path | None:
+    folder = Path(os.environ.get("LUTHIER_SHARED", RECIPES.parent.parent / "shared"))
+    return folder if (folder / "oracle").is_dir() else None
+
+
+def lines(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_a_system_from_look_to_the_merged_model(
+    shell: Shell, system: System, record_property: Callable[[str, str], None]
+) -> None:
+    """Real tokenizer and data where the shared folder is there, else stand-ins: the report's "stands in" tells."""
+    if system.quantised:
+        pytest.importorskip("bitsandbytes")
+    changes, stands_in = system.begin(shell.folder, real())
+    record_property("stands in", ", ".join(stands_in) or "nothing")
+    name = system.recipe.removesuffix(".yaml")
+    run = shell.folder / "runs" / name
+
+    looked = shell("look", system.recipe, *changes)
+    assert "end" in looked and (shell.folder / f"{name}-look.html").stat().st_size > 5000
+
+    trained = shell("train", system.recipe, *changes)
+    assert "= reference" in trained, trained
+    steps = [line for line in lines(run / "metrics.jsonl") if line["loss"] is not None]
+    assert len(steps) >= 3
+    assert json.loads((run / "proof.json").read_text())["path"] in ("engine", "own_logits")
+    if system.quantised:
+        assert "(nf4" in trained or "(int8" in trained
+
+    compared = shell("compare", str(run), "--rows", "2")
+    assert "base" in compared and "tuned" in compared
+
+    merged = shell("merge", str(run), "-o", "merged")
+    assert "verified" in merged
+    prompt = ["--prompt", "你好", "--max-new-tokens", "6", "--greedy", "--json"]
+    if system.name not in ("S3", "S4", "S5"):
+        prompt += ["--raw"]
+    first = json.loads(shell("generate", str(run), *prompt).splitlines()[-1])
+    again = json.loads(shell("generate", "merged", *prompt).splitlines()[-1])
+    assert first["prompt"] == again["prompt"] and isinstance(again["text"], str)
+    if not system.quantised:
+        assert first == again
+    refused = shell("generate", "merged", "--adapter", str(run / "adapter"), *prompt, status=2)
+    assert "is merged into it already and would count twice" in refused
+
+
+FIGURES = """
+S1:
+  method: {r: 8, alpha: 32, dropout: 0.05, target: [q_proj, v_proj]}
+  train: {batch: 4, lr: 1.0e-4}
+  generate: {prompts: prompt.txt, raw: true, max_new_tokens: 200, quantize: int8}
+S2:
+  data: {text: "Quote: {quote}\\nAuthor: {author}", supervise: all, max_length: 1024}
+  method: {r: 8, alpha: 8, dropout: 0.0}
+  train: {batch: 4, steps: 10, lr: 2.0e-4, warmup: 2, optimizer: paged_adamw_8bit, log_every: 1}
+  generate: {prompts: ["Quote: Imagination is more"], raw: true, max_new_tokens: 20}
+S3:
+  data: {text: "### Human: {prompt} ### Assistant: {response}", sample: 1000, max_length: 512, supervise: answers}
+  method: {r: 64, alpha: 16, dropout: 0.1, target: [q_proj, v_proj]}
+  train: {batch: 16, steps: 100, lr: 2.0e-4, warmup: 0, log_every: 10, devices: [0]}
+  merge: {dtype: fp16}
+S4:
+  model: {dtype: bf16}
+  data: {join: "", system: 现在你要扮演皇帝身边的女人--甄嬛, max_length: 384}
+  method: {r: 8, alpha: 32, dropout: 0.1}
+  train: {batch: 40, epochs: 3, lr: 1.0e-4, warmup: 0, log_every: 10, save_every: 100, activation_checkpointing: true}
+  generate: {prompts: [你是谁, 1.11 和 1.9 那个大], max_length: 2500, sample: true, top_k: 1}
+S5:
+  model: {dtype: bf16}
+  data: {template: yuan2, max_length: 384}
+  method: {r: 8, alpha: 32, dropout: 0.1}
+  train: {batch: 12, epochs: 3, lr: 1.0e-4, log_every: 1, save_every: epoch, keep: all, activation_checkpointing: true}
+S6:
+  data: {text: "{quote}", supervise: all}
+  method: {r: 8, alpha: 32, dropout: 0.05, target: [q_proj, k_proj, v_proj, out_proj, fc1, fc2]}
+  train: {batch: 4, steps: 100, lr: 2.0e-4, precision: fp16, log_every: 20, activation_checkpointing: true}
+  generate: {prompts: [Python is the best programming language.], raw: true, max_length: 50}
+S7:
+  data: {join: "\\n", template: glm3_pair, max_prompt: 510, max_answer: 1535, too_long: cut, seed: 8}
+  method: {r: 4, alpha: 32, dropout: 0.05, target: [query_key_value]}
+  train: {batch: 48, epochs: 1, lr: 1.0e-3, warmup: 0.1, optimizer: adamw, precision: fp16, log_every: 100}
+"""
+QUANTISED = {"S1": "int8", "S2": "nf4", "S3": "nf4", "S4": None, "S5": None, "S6": "int8", "S7": "nf4"}
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_a_recipe_carries_its_tutorials_figures(system: System, tmp_path: Path) -> None:
+    """Those of the tutorials, and explicitly what a tutorial leaves to its library."""
+    said = yaml.safe_load((RECIPES / system.recipe).read_text("utf-8"))
+    resolved = load_recipe(RECIPES / system.recipe, check_files=False).model_dump(mode="json")
+    for section, values in yaml.safe_load(FIGURES)[system.name].items():
+        for key, value in values.items():
+            assert key in said[section] and resolved[section][key] == value, (section, key)
+    quantise = said["model"].get("quantize")
+    assert (quantise["kind"] if isinstance(quantise, dict) else quantise) == QUANTISED[system.name]
+    left_out = {"weight_decay": 0, "betas": [0.9, 0.999], "eps": 1e-8, "clip": 1.0, "seed": 42}
+    assert left_out.keys() <= said["train"].keys()
+    assert {key: resolved["train"][key] for key in left_out} == left_out
+    assert said["train"]["schedule"] == ("constant" if system.name == "S1" else "linear")
+    assert said["method"]["bias"] == "none"
+
+
+# -- traps: what the tutorials do wrong ------------------------------------------------------------------------------
+
+
+def system(name: str) -> System:
+    return next(each for each in SYSTEMS if each.name == name)
+
+
+def test_s1_contradictory_generation_settings_are_repaired(shell: Shell) -> None:
+    """transformers refuses to save temperature and top_p without sampling, after all the work is done."""
+    changes = [*system("S1").begin(shell.folder, None)[0], "model.quantize=none", "generate.quantize=null"]
+    (shell.folder / "model.v1/generation_config.json").write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": 1, "do_sample": False, "temperature": 0.9, "top_p": 0.6})
+    )
+    trained = shell("train", "s1_llama2_7b_int8.yaml", *changes)
+    assert "generation_config.json contradicts itself; dropped: temperature 0.9, top_p 0.6" in trained
+    shell("merge", "runs/s1_llama2_7b_int8", "-o", "merged")
+    settings = json.loads((shell.folder / "merged/generation_config.json").read_text())
+    assert "temperature" not in settings and "top_p" not in settings
+
+
+def test_s2_every_row_is_trained_on_and_its_end_is_taught(shell: Shell) -> None:
+    changes = [*system("S2").begin(shell.folder, None)[0], "model.quantize=none", "train.optimizer=adamw"]
+    shell("train", "s2_gemma_2b_nf4.yaml", *changes, "data.sample=null")
+    report = json.loads((shell.folder / "runs/s2_gemma_2b_nf4/data.json").read_text())
+    assert report["train_rows"] == 96 and report["supervised_tokens"] > report["train_rows"] * 5
+    looked = shell("look", "s2_gemma_2b_nf4.yaml", *changes)
+    assert "rows whose end is not taught" in looked and looked.split("rows whose end is not taught")[0].strip()
+
+
+def test_s3_input_is_kept_the_sample_has_a_seed_and_the_prompt_is_not_taught(shell: Shell) -> None:
+    changes = [*system("S3").begin(shell.folder, None)[0], "model.quantize=none"]
+    shell("train", "s3_llama2_13b_chinese_nf4.yaml", *changes, "train.steps=1")
+    texts = [str(row["text"]) for row in lines(shell.folder / "belle_1000.jsonl")]
+    assert len(texts) == 24 and any("In town?" in text for text in texts)
+    assert all(text.startswith("### Human: Where is ") and " ### Assistant: By the river" in text for text in texts)
+    (shell.folder / "belle_1000.jsonl").unlink()
+    shell("train", "s3_llama2_13b_chinese_nf4.yaml", *changes, "train.steps=1", "run=again")
+    assert [str(row["text"]) for row in lines(shell.folder / "belle_1000.jsonl")] == texts
+    refused = shell("train", "s3_llama2_13b_chinese_nf4.yaml", *changes, "train.devices=[0, 1]", status=2)
+    assert "train.devices" in refused and "GPU" in refused
+
+
+def test_s6_a_target_that_is_not_there_is_an_error_with_the_close_names(shell: Shell) -> None:
+    changes = [*system("S6").begin(shell.folder, None)[0], "model.quantize=none"]
+    targets = "method.target=[q_proj, k_proj, v_proj, out_proj, fc_in, fc_out]"
+    refused = shell("train", "s6_opt_6_7b_int8.yaml", *changes, targets, status=2)
+    assert "fc_in matches no layer of this opt model; close: " in refused and "fc1" in refused
