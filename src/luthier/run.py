@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -305,8 +306,9 @@ def _record(folder: RunFolder, bench: Workbench) -> None:
         return
     rejected = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in bench.data.rejected]
     write_atomic(folder.rejected, "".join(rejected))
-    libraries = ("luthier", "torch", "transformers", "peft", "tokenizers", "accelerate", "datasets", "safetensors")
+    libraries = ["luthier", "torch", "transformers", "peft", "tokenizers", "accelerate", "datasets", "safetensors"]
     machine = {"python": platform.python_version(), "platform": platform.platform(), "device": str(bench.model.device)}
+    libraries += ["bitsandbytes"] if find_spec("bitsandbytes") else []
     write_json(folder.path / "environment.json", machine | {name: version(name) for name in libraries})
     if bench.recipe.data.write_text is not None:
         from luthier.data.prepare import write_text

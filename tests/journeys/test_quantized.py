@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from luthier import verify
 from luthier.cli import main
 from shell import begin
 
@@ -50,6 +52,7 @@ def answer(said: tuple[int, str, str]) -> str:
     return str(json.loads(out)["reply"])
 
 
+@pytest.mark.full  # ten seconds, of which three go to the fresh process that verifies
 def test_train_compare_generate_and_merge(place: Path, luthier: Luthier) -> None:
     status, trained, error = luthier("train", "town.yaml")
     assert status == 0, error
@@ -103,13 +106,37 @@ def test_what_is_not_installed_is_missed_before_anything_is_loaded(
     assert not (place / "runs" / "missing").exists()
 
 
-def test_answers_may_be_quantised_otherwise_than_the_training(place: Path, luthier: Luthier) -> None:
-    changes = ("run=other", "model.quantize=none", "generate.quantize=int8", "train.steps=3", "train.eval_every=3")
+def test_answers_may_be_quantised_otherwise_and_a_merge_tells_what_quantisation_changed(
+    place: Path, luthier: Luthier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("run=other", "generate.quantize=int8", "train.steps=3", "train.eval_every=3", "train.batch=4")
     status, trained, error = luthier("train", "town.yaml", *changes, "--no-proof")
     assert status == 0, error
-    assert "linear layers in" not in trained.partition("\nrun: ")[0]
+    assert "linear layers in int8" not in trained
     replies = [json.loads(line)["reply"] for line in (place / "runs/other/samples.jsonl").read_text().splitlines()]
     asked = [part for prompt in ("Where is 7?", "你好，谁？") for part in ("--prompt", prompt)]
     said = luthier("generate", "runs/other", "--json", *asked)
     assert "linear layers in int8" in said[2]
     assert [json.loads(line)["reply"] for line in said[1].splitlines()] == replies
+
+    def here(command: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=verify.main(command[3:]), stderr="")
+
+    monkeypatch.setattr(verify.subprocess, "run", here)  # the fresh process is the full journey's
+    found = []
+    for out, installed in (("measured", True), ("unmeasured", False)):
+        if not installed:
+            monkeypatch.setattr("luthier.models.quantize.importlib.util.find_spec", lambda name: None)
+        status, merged, error = luthier("merge", "runs/other", "-o", out)
+        assert status == 0, error
+        found.append((merged, json.loads((place / out / "luthier_merge.json").read_text())))
+    (merged, note), (unmeasured, other) = found
+    figures = note["quantised"]["figures"]
+    assert note["verified"] is other["verified"] is True
+    assert 1e-6 < figures["mean_kl"] < 1 and figures["positions"] == note["figures"]["positions"]
+    assert note["quantised"]["trained"] == {"dtype": "auto", "quantize": QUANTIZED["model"]["quantize"]}
+    assert (
+        f"the nf4 model that was trained differs from it, as its base is unquantised: mean KL {figures['mean_kl']:.1e}"
+    ) in merged
+    assert other["quantised"]["figures"] is None
+    assert "the nf4 model that was trained was not held against it: the quantised model needs bitsandb" in unmeasured

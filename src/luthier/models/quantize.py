@@ -8,6 +8,7 @@ eval mode repacks the weights in place on a CPU with AVX512-BF16, and what it un
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from collections.abc import Iterable
@@ -102,7 +103,12 @@ def dequantised(module: Any, dtype: torch.dtype) -> Tensor:
         return torch.mul(weight.data, (weight.SCB / 127).unsqueeze(1)).to(dtype)
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+    state = weight.quant_state
+    if state.shape[1] % state.blocksize:  # a block goes on in the next row: bitsandbytes' CPU kernel forgets that
+        flat = copy.copy(state)
+        flat.shape = (1, math.prod(state.shape))
+        return dequantize_4bit(weight.data, flat).view(state.shape).to(dtype)  # type: ignore[no-any-return]
+    return dequantize_4bit(weight.data, state).to(dtype)  # type: ignore[no-any-return]
 
 
 def _linear(module: Any, dtype: torch.dtype | None, x: Tensor) -> Tensor:
