@@ -36,7 +36,7 @@ ORDER = [
     {"resume"},
     {"run"},
     {"compare", "merge", "verify"},
-    {"sidebyside"},
+    {"sidebyside", "export"},
     {"verbs"},
     {"cli"},
     {"__init__", "__main__"},

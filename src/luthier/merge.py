@@ -40,6 +40,7 @@ from luthier.models.load import (
     load_tokenizer,
     read_config,
 )
+from luthier.models.tokenizers import save_tokenizer, vendor_tokenizer
 from luthier.models.weights import DTYPES, Weights, name_of, open_weights
 from luthier.sections import ModelSection
 
@@ -303,6 +304,8 @@ def _write_rest(folder: Path, base: Path, root: Path, adapter: Path, ends: Seque
     for place, patterns in ((source, TOKENIZER), (base, LICENCES)):
         for file in (file for pattern in patterns for file in place.glob(pattern) if file.is_file()):
             shutil.copyfile(file, folder / file.name)
+    if (known := vendor_tokenizer(source)) is not None:
+        save_tokenizer(known, folder)  # plain transformers opens it, without the vendor's code
     settings, repairs = generation_settings(root)
     for repair in repairs:
         say(f"{root.name}: {repair}")

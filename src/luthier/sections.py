@@ -162,7 +162,8 @@ class MethodSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapters."""
     target: Literal["auto", "all_linear"] | Texts = "auto"
-    """auto and all_linear: every linear layer but the head; or layers' names. One that matches nothing is an error."""
+    """auto and all_linear: every linear layer but the head; or layers' names. One that matches nothing is an error.
+    On ChatGLM3 and GLM, query_key_value is q_proj, k_proj and v_proj with one A, as their vendor has them."""
     modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, as embed_tokens or lm_head."""
 

@@ -244,10 +244,10 @@ def test_vendor_code_is_refused_unless_trusted_or_not_needed(tmp_path: Path) -> 
     edit(path / "config.json", auto_map=auto_map)
     for trusted in (False, True):
         assert type(load(path, trust_vendor_code=trusted)[0]).__name__ == "LlamaForCausalLM", "known natively: not run"
-    edit(path / "config.json", model_type="yuan", auto_map=auto_map)
+    edit(path / "config.json", model_type="baichuan", auto_map=auto_map)
     refused(
         path,
-        "{path}: a model of type 'yuan' runs Python code that came with it; read that code, "
+        "{path}: a model of type 'baichuan' runs Python code that came with it; read that code, "
         "and if you trust it set model.trust_vendor_code: true",
     )
     with pytest.raises(SystemExit, match="vendor code ran"):

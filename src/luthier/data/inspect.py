@@ -89,7 +89,7 @@ def look(data: Data, encoder: Encoder, section: DataSection, rows: int, seed: in
     held = data.eval or Examples((), np.zeros((0, 2), np.int64))
     return Look(
         report=data.report,
-        first_token=encoder.marks.bos if encoder.identity["bos"] else None,
+        first_token=_tokenizer(encoder).id_to_token(encoder.identity["bos"][0]) if encoder.identity["bos"] else None,
         end_tokens=[_tokenizer(encoder).id_to_token(id) for id in encoder.end_ids],
         supervised_share=float(data.train.supervised.sum() / data.train.lengths.sum()),
         lengths=_lengths(data.train, edges, section),

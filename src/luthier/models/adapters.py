@@ -24,6 +24,7 @@ from luthier.folder import write_json
 from luthier.models import quantize
 from luthier.models.fused import difference, fused_names, tie, unfused
 from luthier.models.load import Say
+from luthier.models.tokenizers import save_tokenizer
 from luthier.models.weights import name_of, weight_files
 from luthier.sections import MethodSection
 
@@ -61,7 +62,7 @@ def attach(
         lora_alpha=int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
         lora_dropout=method.dropout,
         bias=method.bias,
-        target_modules=unfused(targets),
+        target_modules=unfused(model, targets),
         fan_in_fan_out=_is_transposed(model, targets),
         modules_to_save=method.modules_to_save or None,
     )
@@ -90,7 +91,7 @@ def save_adapter(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
@@ -222,7 +223,7 @@ def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
     candidates = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))]
     fused = fused_names(model)
     _check_names(method.target, "target", [*candidates, *fused], kind, shown=_last_names([*body, *fused]))
-    if twice := sorted(set(unfused(method.target)) & set(method.modules_to_save)):
+    if twice := sorted(set(unfused(model, method.target)) & set(method.modules_to_save)):
         raise ModelError(f"target and modules_to_save both name {', '.join(twice)}; train it one way or the other")
     return list(method.target)
 

@@ -26,8 +26,13 @@ def fused_names(model: PreTrainedModel) -> list[str]:
     return [name.removesuffix(PARTS[0]) + FUSED for name in layers if model.config.model_type == "glm"]
 
 
-def unfused(targets: Sequence[str]) -> list[str]:
-    """The layers that PEFT adapts: query_key_value is its three parts. Errors: ModelError where both are named."""
+def unfused(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """The layers that PEFT adapts: query_key_value is its three parts. Errors: ModelError where both are named.
+
+    (Falcon has a layer of that name.)
+    """
+    if not fused_names(model):
+        return list(targets)
     parts = [part for name in targets if _is_fused(name) for part in _parts(name)]
     for name in targets:
         if any(_matches(part, [name]) or _matches(name, [part]) for part in parts):
