@@ -358,10 +358,11 @@ def _data(recipe: Recipe, path: Path, unknown: list[str], say: Say) -> Data | No
 
 def _tokens(data: Data, order: Order, steps: int) -> int:
     """Of the whole run: an epoch's rows are drawn by weight, so whole epochs are exact."""
-    epochs, rest = divmod(steps, order.steps_per_epoch)
+    epochs = steps // order.steps_per_epoch
     lengths = data.train.lengths
     an_epoch = sum(int(lengths[order.rows(step)].sum()) for step in range(order.steps_per_epoch)) if epochs else 0
-    return epochs * an_epoch + sum(int(lengths[order.rows(step)].sum()) for step in range(rest))
+    last = range(epochs * order.steps_per_epoch, steps)
+    return epochs * an_epoch + sum(int(lengths[order.rows(step)].sum()) for step in last)
 
 
 def _disk(bare: Bare, model: Any, known: Memory, steps: int | None, order: Order | None) -> dict[str, int]:

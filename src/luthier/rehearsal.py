@@ -34,6 +34,8 @@ ROUNDS = 2
 """Passes rehearsed: the second finds the gradients of the first, as every pass of a step but one does."""
 ALIGNED = 64
 """Bytes to which torch aligns a tensor on the CPU."""
+LOOKED_AT = 1 << 16
+"""Bytes of a block after which the heap is looked at: to look takes longer than to take a small one."""
 BLOCK = {"absmax": 64, "second": 256}
 """Numbers that share a scale in NF4, and scales that share one under double quantisation."""
 
@@ -278,7 +280,8 @@ class _Heap:
         block = ctypes.c_void_p()
         if self.library is None or not size or self.library.posix_memalign(ctypes.byref(block), ALIGNED, size):
             return None  # there is not so much to address: what is counted is then what is live
-        self.high = max(self.high, self._taken() - self.before)
+        if size >= LOOKED_AT:
+            self.high = max(self.high, self._taken() - self.before)
         return block
 
     def give_back(self, block: Any) -> None:
