@@ -86,8 +86,7 @@ def _model(system: System, path: Path, shared: Path | None) -> None:
 
 def _data(system: System, path: Path, shared: Path | None) -> None:
     if shared is not None:
-        source = shared / "data" / system.data
-        path.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
+        _beginning(shared / "data" / system.data, path)
     elif path.suffix == ".csv":
         rows = list(system.rows())
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -98,6 +97,16 @@ def _data(system: System, path: Path, shared: Path | None) -> None:
         path.write_text(json.dumps(list(system.rows()), ensure_ascii=False), encoding="utf-8")
     else:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in system.rows()), encoding="utf-8")
+
+
+def _beginning(source: Path, path: Path) -> None:
+    """The first of the rows: all of them would be encoded, which takes longer than the rest of a journey."""
+    text = (gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()).decode()
+    if path.suffix == ".json":
+        text = json.dumps(json.loads(text)[: 10 * ROWS], ensure_ascii=False, indent=0)
+    else:
+        text = "".join(text.splitlines(keepends=True)[: 10 * ROWS])
+    path.write_text(text, encoding="utf-8")
 
 
 def _instructions() -> Iterator[dict[str, str]]:

@@ -350,3 +350,10 @@ def test_memory_is_flat_for_parquet(tmp_path: Path) -> None:
     before = pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path / "a.parquet")]
     assert len(held) == 40_000 and max(held) < 8_000_000
+
+
+def test_the_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    """A row is known by its file and line: sample, split and report count rows by them."""
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": "1"}, {"a": "2"},\n {"a": "3"}, {"a": "4"}]')
+    assert lines(path) == [1, 2, 3, 4]

@@ -16,15 +16,21 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 def elements(chunks: Iterator[str], file: str) -> Iterator[tuple[Any, str, int]]:
     """Each element's value, its text and the line on which it begins, from pieces of the file's text.
 
+    Elements that begin on one line are numbered on, since a row is known by its line: in an array without line breaks
+    it is the element's number.
     Errors: DataError naming file, line and column where the array is broken; nothing behind that place can be read.
     """
     window = _Window(chunks, file)
     window.skip("[")
-    if window.peek() != "]":
-        yield window.element()
-        while window.peek() == ",":
+    number = 0
+    more = window.peek() != "]"
+    while more:
+        value, text, line = window.element()
+        number = max(line, number + 1)
+        yield value, text, number
+        more = window.peek() == ","
+        if more:
             window.skip(",")
-            yield window.element()
     window.skip("]")
     if window.peek():
         raise window.error("text behind the array's end")
