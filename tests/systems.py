@@ -153,7 +153,7 @@ SYSTEMS = [
     ),
     System(
         "S5", "s5_yuan2_2b_medical.yaml", "medical_zh_en.csv", _pairs, "oracle/yuan2-tiny", None,
-        (FEW, "generate.max_new_tokens=8"), ("<eod>", "<sep>"),
+        (FEW, "data.max_length=256", "generate.max_new_tokens=8"), ("<eod>", "<sep>"),
     ),
     System(
         "S6", "s6_opt_6_7b_int8.yaml", "english_quotes.jsonl", _quotes, "tokenizers/opt",

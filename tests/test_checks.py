@@ -100,7 +100,7 @@ train:
         (
             "train",
             "bf16: true",
-            "train.bf16: a key of transformers; here: train.precision (fp32 or bf16; fp16 is not in this version yet)",
+            "train.bf16: a key of transformers; here: train.precision (fp32, bf16 or fp16)",
         ),
     ],
 )
@@ -177,19 +177,13 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
         ("train", "devices: [1, 1]", "train.devices: [1, 1] names a GPU twice; a GPU takes one process"),
         (
             "train",
-            "precision: fp16",
-            "train.precision: fp16 is not in this version yet; this version has auto, fp32, bf16",
-        ),
-        (
-            "train",
             "precision: bfloat16",
-            "train.precision: must be auto, fp32 or bf16, is 'bfloat16'; here that is bf16",
+            "train.precision: must be auto, fp32, bf16 or fp16, is 'bfloat16'; here that is bf16",
         ),
         (
             "train",
             "precision: half",
-            "train.precision: must be auto, fp32 or bf16, is 'half'; here that is fp16, which is not in this "
-            "version yet",
+            "train.precision: must be auto, fp32, bf16 or fp16, is 'half'; here that is fp16",
         ),
         (
             "train",

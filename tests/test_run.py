@@ -123,7 +123,7 @@ def held_out_stretch(folder: Path) -> None:
         ({"train": {"min_lr": 1e-3, "lr": "auto"}}, None, RecipeError,
          r"train\.min_lr: 0\.001 is above the learning rate 0\.0002; lower it or raise lr"),
         ({"train": {"precision": "fp32"}, "model": {"dtype": "bf16"}}, None, RecipeError,
-         r"train\.precision: fp32, but the weights are held in bfloat16; change model\.dtype"),
+         r"train\.precision: fp32, but the weights are held in bf16; change model\.dtype"),
         ({"data": {"train": [{"path": "rows.jsonl", "weight": 0.01}]}}, None, DataError,
          r"data\.train: an epoch would draw no row; .*"),
         ({"model": {"name": "./small"}}, lambda f: tiny_llama(f / "small", vocab_size=300), ModelError,
