@@ -11,7 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import luthier.merge
 from luthier.errors import ModelError, RunError
@@ -140,6 +148,39 @@ def test_layers_that_are_stored_transposed(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(base)
     expected = logits(tuned(base, tmp_path / "adapter"))
     merge(base, tmp_path / "adapter", tmp_path / "out", say=lambda line: None)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_layers_that_are_stored_transposed_and_were_trained_quantised(tmp_path: Path, kind: Any) -> None:
+    """transformers turns them when it quantises them; the base that is merged into is as it was."""
+    pytest.importorskip("bitsandbytes")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4)).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    model = load_model(base, ModelSection(name="tiny", quantize=kind), CPU, say=lambda line: None)
+    save_adapter(move(attach(model, MethodSection(target=["attn.c_proj"]), 1, say=lambda line: None)), adapter)
+    merge(base, adapter, tmp_path / "out", say=lambda line: None)
+    expected = logits(load_adapter(load(base), adapter))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_base_whose_names_lack_the_models_prefix(tmp_path: Path, kind: Any) -> None:
+    """OPT-6.7B is stored as decoder.…, without the head, in pickled shards; transformers adds model. while it loads."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    config = OPTConfig(vocab_size=384, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                       word_embed_proj_dim=32, max_position_embeddings=64)  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    torch.save(tensors, base / "pytorch_model.bin")
+    expected = logits(tuned(base, adapter, kind=kind))
+    merge(base, adapter, tmp_path / "out", say=lambda line: None)
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -49,7 +49,7 @@ def export(base: Path, adapter: Path, out: Path, *, say: Say) -> None:
         write_json(folder / CONFIG, written)
     if ranks := written["rank_pattern"]:
         shown = ", ".join(map(str, sorted(set(ranks.values()))))
-        say(f"q_proj, k_proj, v_proj have an A each: {FUSED} gets their ranks' sum, {shown}; alpha / r stays")
+        say(f"query, key and value do not share an A: {FUSED} gets their ranks' sum, {shown}; alpha / r stays")
     say(f"{out}: a PEFT adapter for the vendor's own layers ({', '.join(written['target_modules'])})")
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 Prompt = str | list[dict[str, Any]]
 
+MARKS = {"glm3": {"[gMASK]", "sop", "<|user|>"}, "yuan2": {"<sep>", "<eod>"}}
+"""Tokens by which a vendor's chat is known, where the tokenizer brings no template."""
 NOTE = "luthier.json"  # beside an adapter or a merged model: how its prompts are written
 
 
@@ -108,8 +110,11 @@ def write_note(target: Path, encoder: Encoder, section: DataSection) -> None:
 
 
 def _noted(folder: Path, tokenizer: Any) -> tuple[DataSection, date]:
-    """What the note says, with the date that the templates saw; without a note the tokenizer's own template."""
+    """What the note says, with the date that the templates saw; without a note the tokenizer's own template, or the one
+    that its special tokens are for."""
     if not (folder / NOTE).is_file():
-        return DataSection(train="-", template="auto" if tokenizer.chat_template else "plain"), date.today()
+        names = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        template = next((known for known, marks in MARKS.items() if marks <= names), "plain")
+        return DataSection(train="-", template="auto" if tokenizer.chat_template else template), date.today()
     note = json.loads((folder / NOTE).read_text("utf-8"))
     return DataSection.model_validate({"train": "-", **note["data"]}), date.fromisoformat(note["today"])

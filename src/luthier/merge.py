@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ from luthier.sections import ModelSection
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+LICENCES = ("LICENSE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 PREFIX = "base_model.model."
 MERGEABLE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -112,13 +113,14 @@ def merge(
     root = base if kind == "lora" else adapter
     config = read_config(root)
     check_architecture(root, config, trusted=False)
-    weights = families.as_model(open_weights(root), config)
-    stored = families.as_model(open_weights(base), read_config(base))
+    model = _bare(root)
+    weights = _as_named(families.as_model(open_weights(root), config), model)
+    stored = _as_named(families.as_model(open_weights(base), read_config(base)), model)
     chosen = name_of(stored.dtype) if dtype == "auto" else dtype
     if chosen not in DTYPES:
         raise ModelError(f"{base} is stored in {chosen}; merge.dtype must name one of {', '.join(DTYPES)}")
     changes = _changes(adapter) if kind == "lora" else {}
-    tied, differ = _tied(root, weights)
+    tied, differ = _tied(model, weights)
     untied = differ or any(name in changes for pair in tied.items() for name in pair)
     outputs = _outputs(weights, stored, changes, tied, untied, dtype, adapter)
     _check_space(out, outputs)
@@ -207,14 +209,31 @@ def _instead(tensor: Tensor) -> _Change:
     return _Change(tuple(tensor.shape), lambda _: tensor.float())
 
 
-def _tied(root: Path, weights: Weights) -> tuple[dict[str, str], bool]:
+def _bare(root: Path) -> Any:
+    """The folder's model without numbers. Errors: ModelError."""
+    families.register()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root, local_files_only=True))
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise ModelError(f"{root}: its config.json cannot be used ({error})") from error
+
+
+def _as_named(weights: Weights, model: Any) -> Weights:
+    """By the model's names: OPT-6.7B and GPT-2 are stored without the decoder's prefix, which transformers adds."""
+    known, prefix = model.state_dict().keys(), f"{model.base_model_prefix}."
+
+    def name_of_model(name: str) -> str:
+        return prefix + name if name not in known and prefix + name in known else name
+
+    return Weights(weights.folder, {name_of_model(name): stored for name, stored in weights.tensors.items()})
+
+
+def _tied(model: Any, weights: Weights) -> tuple[dict[str, str], bool]:
     """Tensors that the model shares, alias → the stored one; and whether some differ that its config calls tied.
 
     transformers 5 takes tensors for untied where both are stored and differ, whatever the config says.
     """
-    families.register()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root, local_files_only=True))
     tied = {}
     for pair in model.all_tied_weights_keys.items():
         alias, kept = pair if pair[1] in weights.tensors else pair[::-1]
@@ -305,6 +324,8 @@ def _write_rest(folder: Path, base: Path, root: Path, adapter: Path, ends: Seque
         for file in (file for pattern in patterns for file in place.glob(pattern) if file.is_file()):
             shutil.copyfile(file, folder / file.name)
     if (known := vendor_tokenizer(source)) is not None:
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            (folder / name).unlink(missing_ok=True)  # the vendor's: read over what is saved here
         save_tokenizer(known, folder)  # plain transformers opens it, without the vendor's code
     settings, repairs = generation_settings(root)
     for repair in repairs:

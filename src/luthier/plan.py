@@ -42,7 +42,7 @@ from luthier.models.load import (
 from luthier.models.weights import DTYPES, name_of, open_weights
 from luthier.recipe import load_recipe
 from luthier.rehearsal import Rehearsal, bare_model, rehearse
-from luthier.run import _check_vocabulary, _check_window, _held, _with_precision
+from luthier.run import check_vocabulary, check_window, held, with_precision
 from luthier.sections import Quantization, Recipe, TrainSection
 from luthier.structure import structure
 from luthier.training.budget import SHARE, TOKENS_PER_PASS
@@ -146,7 +146,7 @@ class Bare:
 
     def section(self, model: Any) -> TrainSection:
         """The train section with its precision decided."""
-        return _with_precision(self.recipe.train, self.dtype, model, lambda _: None)
+        return with_precision(self.recipe.train, self.dtype, model, lambda _: None)
 
 
 def plan(recipe: str | Path, overrides: Sequence[str] = (), *, say: Say = print) -> Plan:
@@ -157,14 +157,14 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), *, say: Say = print)
     path = hub.model_path(chosen.model.name, chosen.model.revision, Path.cwd(), say, weights=False)
     native = check_architecture(path, read_config(path), chosen.model.trust_vendor_code)
     device, unknown = pick_device(chosen.train.devices), list[str]()
-    dtype, why = choose_dtype(_held(chosen, device).dtype, _stored(path, unknown), device)
+    dtype, why = choose_dtype(held(chosen, device).dtype, _stored(path, unknown), device)
     say(f"{chosen.model.name}: weights in {name_of(dtype)}: {why}")
     bare = Bare(chosen, path, dtype, device.type, not native)
     model = bare.model()  # what the configuration alone refuses is refused before the data is read
     data = _data(chosen, path, unknown, say)
     if data is not None:
-        _check_vocabulary(model, data, path)
-        _check_window(model, data, path)
+        check_vocabulary(model, data, path)
+        check_window(model, data, path)
     return planned(bare, data, free_memory(device), unknown)
 
 

@@ -117,7 +117,7 @@ def load_run(run: Run, *, base: bool = False, say: Say = lambda _: None) -> Load
     device = device_to_answer(run.recipe.train.devices, say)
     path, tokenizer, encoder = load_encoder(run.recipe, say, today_of(run.folder))
     whole = run.recipe.method.kind == "full"
-    result, section = result_folder(run), run.recipe.model
+    result, section = result_folder(run), held(run.recipe, device)
     if whole and not base:
         path, section = result, section.model_copy(update={"name": str(result)})
     model = load_model(path, answering(section, run.recipe.generate), device, say=say)
@@ -166,6 +166,7 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) 
     check_extras(recipe)
     rate = peak_lr(recipe.train, recipe.method.kind)
     path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
+    _check_before_data(path, recipe)
     prompts = list[Prompt](load_prompts(recipe.generate))
     ids = [prompt_ids(encoder, prompt, recipe.generate) for prompt in prompts]
     data = load_data(recipe, encoder, say)
@@ -174,20 +175,38 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) 
     order = order_of(data.train_sources, recipe.data.seed, recipe.train.batch)
     if idle := idle_gpus(recipe.train.devices):
         say(idle)
-    model = load_model(path, _held(recipe, world.device), world.device, say=say)
+    model = load_model(path, held(recipe, world.device), world.device, say=say)
     say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
-    _check_vocabulary(model, data, path)
-    _check_window(model, data, path)
+    check_vocabulary(model, data, path)
+    check_window(model, data, path)
     check_prompts(model, ids, recipe.generate)
     stored = model.dtype
     model = attach(model, recipe.method, recipe.train.seed, say=say, revision=recipe.model.revision)
-    section = _with_precision(recipe.train, stored, model, say)
+    section = with_precision(recipe.train, stored, model, say)
     autocast_dtype(model, section)
     _say_rate(recipe, rate, say)
     return Workbench(recipe, section, model, stored, tokenizer, encoder, data, order, prompts)
 
 
-def _check_vocabulary(model: Any, data: Data, path: Path) -> None:
+def _check_before_data(path: Path, recipe: Recipe) -> None:
+    """What the configuration alone tells to be wrong, before rows are encoded and weights are read. Errors: ModelError.
+
+    A target that matches nothing, say: the method is tried on the model without its numbers.
+    """
+    import torch
+
+    from luthier.models.adapters import attach
+    from luthier.models.load import check_architecture, read_config
+    from luthier.models.quantize import quantization
+    from luthier.rehearsal import bare_model
+
+    native = check_architecture(path, read_config(path), recipe.model.trust_vendor_code)
+    if native and recipe.method.kind != "full":
+        bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
+        attach(bare, recipe.method, recipe.train.seed, say=lambda _: None)
+
+
+def check_vocabulary(model: Any, data: Data, path: Path) -> None:
     """Errors: ModelError where the tokenizer gives an id that the model has no embedding for."""
     there = model.get_input_embeddings().num_embeddings
     largest = max(part.largest_id() for part in (data.train, data.eval) if part is not None)
@@ -198,7 +217,7 @@ def _check_vocabulary(model: Any, data: Data, path: Path) -> None:
         )
 
 
-def _check_window(model: Any, data: Data, path: Path) -> None:
+def check_window(model: Any, data: Data, path: Path) -> None:
     """Errors: ModelError where a row is longer than the model reads: it knows no positions beyond its window."""
     from luthier.models.load import window_of
 
@@ -212,14 +231,16 @@ def _check_window(model: Any, data: Data, path: Path) -> None:
             )
 
 
-def _held(recipe: Recipe, device: Any) -> ModelSection:
-    """Under train.precision: fp16 a GPU holds the weights so as well, unless the recipe names another format."""
-    if recipe.train.precision == "fp16" and recipe.model.dtype == "auto" and device.type == "cuda":
+def held(recipe: Recipe, device: Any) -> ModelSection:
+    """Under train.precision: fp16 a GPU holds frozen weights so as well, unless the recipe names another format."""
+    method, fp16 = recipe.method, recipe.train.precision == "fp16" and device.type == "cuda"
+    frozen = method.kind != "full" and method.bias == "none" and not method.modules_to_save
+    if fp16 and frozen and recipe.model.dtype == "auto":
         return recipe.model.model_copy(update={"dtype": "fp16"})
     return recipe.model
 
 
-def _with_precision(section: TrainSection, stored: Any, model: Any, say: Say) -> TrainSection:
+def with_precision(section: TrainSection, stored: Any, model: Any, say: Say) -> TrainSection:
     """auto follows the checkpoint's format, also where the weights were turned to fp32 because they train."""
     if section.precision == "fp16" and model.device.type == "cpu":
         say("train.precision: fp16 is for GPUs; a CPU computes in bf16 instead")

@@ -21,7 +21,7 @@ from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_fo
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
 from luthier.resume import read_recipe, today_of
-from luthier.run import Run, load_run, open_run, result_folder, train
+from luthier.run import Run, held, load_run, open_run, result_folder, train
 from luthier.sections import GenerateSection
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
     """
     quiet()
     from luthier.merge import merge as merge_folders
+    from luthier.models.device import pick_device
     from luthier.verify import POSITIONS, verify, write_rows
 
     path, _, encoder = load_encoder(run.recipe, say, today_of(run.folder))
@@ -232,7 +233,7 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
         say=say,
         ends=encoder.end_ids,
         note=lambda folder: write_note(folder, encoder, run.recipe.data),
-        trained=run.recipe.model,
+        trained=held(run.recipe, pick_device("auto")),
     )
     parts = [part for part in (data.eval, data.train) if part is not None]
     examples = (part[i] for part in parts for i in range(len(part)))

@@ -142,20 +142,22 @@ def _beside_quantised(note: dict[str, Any], kept: list[Path], rows: list[Row], d
     """How far the merged model, whose logits are `kept`, is from the quantised one that was trained; or why unknown."""
     from luthier.models.adapters import load_adapter
     from luthier.models.load import choose_dtype, from_folder
-    from luthier.models.quantize import check_installed, quantization
+    from luthier.models.quantize import check_installed, quantization, settle, widen
 
     try:
         check_installed("the quantised model")
         base, section = Path(note["base"]), ModelSection(name="-", **note["quantised"]["trained"])
         dtype, _ = choose_dtype(section.dtype, open_weights(base).dtype, device)
         model, _ = from_folder(base, dtype, device, quantized=quantization(section.quantize))
+        widen(model)  # both are computed in fp32: what differs is the quantisation
+        settle(model, None)
         parts = []
         for path, logits in zip(
             kept, _logits(load_adapter(model, Path(note["adapter"])), rows, wide=False), strict=True
         ):
             parts += _in_chunks(logits, torch.from_numpy(np.load(path)), DTYPES[note["dtype"]])
-    except (LuthierError, RuntimeError) as error:
-        return {**note["quantised"], "reason": str(error)}
+    except Exception as error:  # whatever bitsandbytes raises: the merge itself is proven
+        return {**note["quantised"], "reason": (str(error).strip() or type(error).__name__).partition("\n")[0]}
     return {**note["quantised"], "figures": _figures(parts)}
 
 

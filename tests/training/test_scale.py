@@ -11,12 +11,16 @@ import torch
 
 from luthier.sections import TrainSection
 from luthier.training import loop, scale
+from luthier.training.start import computes_in_fp16
 from rows import fit, lora, random_rows, tiny, trained
 
 
 def test_only_fp16_is_scaled():
-    assert scale.first(torch.float16) == 4096
-    assert scale.first(torch.bfloat16) == scale.first(torch.float32) == 1
+    model = tiny("llama").bfloat16()
+    assert scale.first(computes_in_fp16(model, torch.float16)) == 4096
+    assert scale.first(computes_in_fp16(model, None)) == scale.first(computes_in_fp16(model, torch.bfloat16)) == 1
+    model.luthier_arithmetic = torch.float16  # of its quantised layers
+    assert scale.first(computes_in_fp16(model, None)) == 4096
 
 
 def test_an_overflow_halves_the_scale_and_a_loss_that_is_not_finite_does_not():
@@ -26,14 +30,20 @@ def test_an_overflow_halves_the_scale_and_a_loss_that_is_not_finite_does_not():
 
 
 def test_the_scale_doubles_after_two_thousand_steps_and_has_a_bound():
-    assert [scale.doubled(1024, steady) for steady in (1, 1999, 2000, 2001, 4000)] == [1024, 1024, 2048, 1024, 2048]
-    assert scale.doubled(65536, 2000) == 65536
-    assert scale.doubled(1, 2000) == 1  # not fp16
+    assert [scale.doubled(1024, steady, True) for steady in (1, 1999, 2000, 2001, 4000)] == [
+        1024,
+        1024,
+        2048,
+        1024,
+        2048,
+    ]
+    assert scale.doubled(65536, 2000, True) == 65536
+    assert scale.doubled(1, 2000, True) == 2 and scale.doubled(1, 2000, False) == 1
 
 
 def overflowing(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, largest: float) -> list[int]:
     """Let the run scale its loss, and gradients beyond `largest` be infinite; what each backward pass comes to."""
-    monkeypatch.setattr(loop, "first_scale", lambda arithmetic: scale.FIRST)
+    monkeypatch.setattr(loop, "computes_in_fp16", lambda model, autocast: True)
     overflows: list[int] = []
 
     def plant(gradient: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,13 @@ from luthier.data.templates import Marks, Rendered, Segment, load_template, taug
 from luthier.errors import DataError
 from luthier.sections import DataSection
 
-ENCODER_VERSION = 1  # part of the cache's key: raise it when the same row would give other tokens
+ENCODER_VERSION = 2  # part of the cache's key: raise it when the same row would give other tokens
 REMEMBERED = 4096  # sections kept for the whole run: system prompts, role names, line breaks
 NO_PREFIX = b"\x1a\x02\x18\x00"  # behind a SentencePiece model: normalizer_spec { add_dummy_prefix: false }
+
+
+NEXT_TURN = ("<|user|>", "<|observation|>")
+"""ChatGLM3 ends an answer with the next turn's mark."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ class Encoder:
         if model:
             self._exact[True] = SentencePieceProcessor(model_proto=model)
             self._exact[False] = SentencePieceProcessor(model_proto=model + NO_PREFIX)
-        self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end()})
+        next_turn = [self._ids[name] for name in NEXT_TURN if "[gMASK]" in self._ids and name in self._ids]
+        alone = self.template.name == "glm3_pair"
+        self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end(), *(() if alone else next_turn)})
         self._identity = {
             "tokenizer": hashlib.sha256(self._head.to_str().encode()).hexdigest(),
             "bos": self._begin,

@@ -99,14 +99,16 @@ def prove(
     autocast: torch.dtype | None,
     seed: int | None,
     gradients: bool = True,
+    scale: float = 1.0,
 ) -> Proof:
     """Choose the first route that equals the reference, and leave the model's attention ready for it.
 
     The loss of two rows is compared always; loss and gradients of `rows` unless `gradients` is false or it would take
-    more than a minute. `seed`: of the dropout, None for none. Weights and gradients are left as they were.
+    more than a minute. `scale`: of the loss, for fp16. `seed`: of the dropout, None for none. Weights and gradients are
+    left as they were.
     """
     began = time.monotonic()
-    bench = _Bench(model, examples, pad_id, device, autocast, seed)
+    bench = _Bench(model, examples, pad_id, device, autocast, seed, scale)
     name, of_loss, of_gradient = _tolerance(base_of(model), autocast)
     with _stirred(bench.parameters):
         first, drawn = bench.first(rows[:FEW])  # warms caches and kernels up, and would tell a time far too long
@@ -162,6 +164,7 @@ class _Bench:
     device: torch.device
     autocast: torch.dtype | None
     seed: int | None
+    scale: float
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -223,12 +226,22 @@ class _Bench:
             return self.loss(way, rows).item()
 
     def gradients(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]]:
-        """The loss, and every gradient on the CPU, so that the device holds one set at a time."""
+        """The loss, and every gradient on the CPU, so that the device holds one set at a time.
+
+        Where fp16 overflows at the loss scale, without one: nothing is trained here.
+        """
+        loss, found = self._gradients(way, rows, self.scale)
+        if self.scale > 1 and not all(bool(value.isfinite().all()) for value in found.values()):
+            return self._gradients(way, rows, 1.0)
+        return loss, found
+
+    def _gradients(self, way: Way, rows: np.ndarray, scale: float) -> tuple[float, dict[str, Tensor]]:
         loss = self.loss(way, rows)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss * scale)
         found = {}
         for name, parameter in self.parameters.items():
-            found[name] = torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu()
+            value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found[name] = value.cpu() / scale
             parameter.grad = None
         return loss.item(), found
 

@@ -250,7 +250,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_transposed(model: nn.Module, targets: Sequence[str]) -> bool:
     """Does the first layer that the targets name store its weight transposed? PEFT wants to be told (and is, once)."""
     named = (module for name, module in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets))
-    return isinstance(next(named, None), Conv1D)
+    first = next(named, None)
+    return Conv1D in (type(first), getattr(first, "source_cls", None))  # transformers notes it where it quantises one
 
 
 def _refused(model: PreTrainedModel, targets: Sequence[str], error: ValueError) -> ModelError:

@@ -49,7 +49,7 @@ COMPUTED = {
 }
 """The vendor's keys that change the computation: what its code takes where one is absent, and ChatGLM3's own."""
 REMEDIES = {
-    "rope_ratio": "for GLM-4 take the folder whose name ends in -hf",
+    "rope_ratio": "take ChatGLM3-6B itself, or for GLM-4 the folder whose name ends in -hf",
     "pre_seq_len": "take the model that it was tuned from",
     "quantization_bit": "take the model's unquantised weights",
 }

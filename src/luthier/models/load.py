@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -79,7 +80,7 @@ def load_model(path: Path, section: ModelSection, device: torch.device, *, say: 
     dtype, reason = choose_dtype(section.dtype, open_weights(path).dtype, device)
     say(f"{section.name}: weights in {name_of(dtype)}: {reason}")
     if asked:
-        say(f"{section.name}: {quantize.described(asked, dtype, device)}")
+        say(f"{section.name}: {quantize.described(asked, device)}")
     model, unused = from_folder(path, dtype, device, vendor_code=not native, quantized=asked)
     if unused:
         say(f"{section.name}: {len(unused)} stored tensors are no part of the model, the first is {unused[0]}")
@@ -112,7 +113,7 @@ def from_folder(
             output_loading_info=True,
             **({"quantization_config": quantize.loading(quantized, dtype)} if quantized else {}),
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{path}: it cannot be loaded ({_first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{path}: its files lack {len(missing)} tensors of the model, the first is {missing[0]}")

@@ -60,12 +60,15 @@ def arithmetic(asked: Quantization, device: torch.device) -> torch.dtype | None:
     return DTYPES[asked.compute_dtype]
 
 
-def described(asked: Quantization, dtype: torch.dtype, device: torch.device) -> str:
-    """One line: "linear layers in nf4, double quantisation, computed in bf16; the head stays in fp32"."""
-    computed = name_of(arithmetic(asked, device) or dtype)
-    why = " (fp16 as the recipe says, but a CPU computes in bf16)" if computed != asked.compute_dtype == "fp16" else ""
+def described(asked: Quantization, device: torch.device) -> str:
+    """One line: "linear layers in nf4, double quantisation, computed in bf16; the head is not quantised"."""
+    own = arithmetic(asked, device)
+    computed = f"computed in {name_of(own)}" if own else "computed as the rest of the model"
+    why = (
+        " (fp16 as the recipe says, but a CPU computes in bf16)" if own and name_of(own) != asked.compute_dtype else ""
+    )
     double = ", double quantisation" if asked.kind == "nf4" and asked.double_quant else ""
-    return f"linear layers in {asked.kind}{double}, computed in {computed}{why}; the head stays in {name_of(dtype)}"
+    return f"linear layers in {asked.kind}{double}, {computed}{why}; the head is not quantised"
 
 
 def loading(asked: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:

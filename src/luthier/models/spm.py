@@ -66,7 +66,9 @@ def read_spm(file: Path) -> SpmModel:
 def fast_tokenizer(model: SpmModel) -> Tokenizer:
     """The same vocabulary, normalisation and merges; control pieces are special, user-defined ones are kept whole."""
     bytes_too = any(kind == BYTE for _, _, kind in model.pieces)
-    unknown = next(i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN)
+    unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
+    if unknown is None:
+        raise ModelError("the SentencePiece model has no piece for what is unknown")
     own: models.BPE | models.Unigram
     if model.algorithm == BPE:
         vocabulary = {text: i for i, (text, _, _) in enumerate(model.pieces)}

@@ -120,7 +120,11 @@ def _opt(path: Path) -> PreTrainedTokenizerFast:
     """GPT-2's BPE with `</s>` before every text, as a tokenizer_config.json of the vendor's says where there is one."""
     if not (path / "merges.txt").is_file():
         raise ModelError(f"{path}: OPT's tokenizer needs merges.txt, which is not there")
-    made = Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
+    try:
+        bpe = models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
+    except Exception as error:  # tokenizers (Rust) raises plain Exception
+        raise ModelError(f"{path}: vocab.json and merges.txt cannot be read ({error})") from None
+    made = Tokenizer(bpe)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<pad>", "</s>"])

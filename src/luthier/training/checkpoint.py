@@ -41,7 +41,8 @@ class TrainState:
     tokens_per_pass: int  # decided once: other cuts after a resume would round otherwise
     asked: int | Literal["auto"] | None = None  # by the recipe, when that was decided
     route: Route = "engine"  # decided once, by the proof
-    scale: float = 1.0  # of the loss, in fp16
+    fp16: bool = False  # is anything computed in it?
+    scale: float = 1.0  # of the loss: 1 but for fp16
     steady: int = 0  # steps in a row at that scale
     step: int = 0  # optimizer steps taken
     best_step: int | None = None

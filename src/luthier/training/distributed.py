@@ -125,12 +125,12 @@ def join(devices: Devices) -> Iterator[World]:
             f"start them with --nproc-per-node {wanted}, or name {size} devices"
         )
     world = World(rank(), size, pick_device(devices, rank()))
-    if size == 1:
-        yield world
-        return
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
+    if size == 1:
+        yield world
+        return
     with lost():
         _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         yield world

@@ -15,7 +15,7 @@ from torch import nn
 from luthier.data.batches import Order, total_steps
 from luthier.engine import dropout
 from luthier.engine.attention import CannotPackError
-from luthier.engine.forward import adopt, base_of
+from luthier.engine.forward import adopt
 from luthier.engine.memory import is_full
 from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
@@ -32,7 +32,7 @@ from luthier.training.outcome import Outcome
 from luthier.training.room import check_room
 from luthier.training.scale import doubled, halved, unscale
 from luthier.training.scale import first as first_scale
-from luthier.training.start import autocast_dtype, base_dropout, choose_route, recompute_activations
+from luthier.training.start import autocast_dtype, base_dropout, choose_route, computes_in_fp16, recompute_activations
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
@@ -136,8 +136,10 @@ class Training:
         """Decide on what is decided once: the path through the engine, and how much goes through it at once."""
         state, section, examples = self.state, self.section, self.data.train
         autocast = autocast_dtype(self.model, section)
+        fp16 = computes_in_fp16(self.model, autocast)
+        if first or fp16 != state.fp16:  # a run may go on on another device
+            state.fp16, state.scale, state.steady = fp16, first_scale(fp16), 0
         if first:
-            state.scale = first_scale(autocast or base_of(self.model).dtype)
             state.route = choose_route(
                 self.model,
                 examples,
@@ -148,6 +150,7 @@ class Training:
                 pad_id=self.pad_id,
                 autocast=autocast,
                 dropping=dropping,
+                scale=state.scale,
                 proof=proof,
                 say=self.say,
             )
@@ -230,7 +233,7 @@ class Training:
             (value,) = self.world.total([mean])
             if math.isfinite(value) and math.isfinite(size):
                 state.steady += 1
-                state.scale = doubled(state.scale, state.steady)
+                state.scale = doubled(state.scale, state.steady, state.fp16)
                 return found, value, size
             half = halved(state.scale, value, size)
             if half is None:
@@ -330,6 +333,7 @@ class Training:
         def finite_alone(row: int) -> bool:
             self.optimizer.zero_grad()
             loss = self.gradients.loss(self.gradients.one(examples, row), self.state.step)
+            loss = loss / max(1, int(examples.supervised[row]))  # a sum may overflow in fp16 where a mean does not
             if loss.requires_grad:
                 torch.autograd.backward(loss)
             values = [loss, *(value.grad for value in self.parameters.values() if value.grad is not None)]

@@ -14,8 +14,10 @@ from luthier.errors import RunError
 from luthier.folder import RunFolder
 from luthier.sections import TrainSection
 
-MOMENTS = 2
-"""Numbers that AdamW keeps for each one that trains, in the same format."""
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "lion_8bit": 1 + 4 / 256}
+"""Bytes that an optimizer keeps for each number that trains: fp32, or 8 bits with an fp32 scale for each 256."""
+SMALL = 4096
+"""Numbers below which bitsandbytes keeps a tensor's moments in fp32."""
 GENERATORS = 35_000
 """Bytes of a process's random generators: 5 kB of torch's, 30 kB of Python's and numpy's, which are JSON."""
 ENTRIES, ENTRY = 5, 80
@@ -44,7 +46,7 @@ def check_room(
     A new checkpoint is complete before the oldest is removed: keep + 1 of them, or all, and the adapter or model.
     `parameters` are those that train, by name; `write`, `kind`, `steps` are the loop's. Errors: RunError.
     """
-    each = sizes(folder, model, parameters, write, kind)
+    each = sizes(folder, model, parameters, write, kind, section.optimizer)
     period = steps_per_epoch if section.save_every == "epoch" else section.save_every
     saves = -(-steps // period)  # the last step is always one
     most = saves if section.keep == "all" else min(saves, section.keep + 1)
@@ -72,11 +74,16 @@ def sizes(
     parameters: dict[str, nn.Parameter],
     write: Callable[[Path], None],
     kind: str,
+    optimizer: str = "adamw",
 ) -> Sizes:
     """Measured on an adapter, which is written once and removed (so it is also known that it can be); a whole model is
     reckoned from its tensors, beside which its tokenizer is little."""
     trained = sum(value.nbytes for value in parameters.values())
-    state = MOMENTS * trained + GENERATORS + ENTRIES * sum(len(name) + ENTRY for name in parameters)
+    moments = sum(
+        value.numel() * (MOMENTS["adamw"] if value.numel() < SMALL else MOMENTS[optimizer])
+        for value in parameters.values()
+    )
+    state = int(moments) + GENERATORS + ENTRIES * sum(len(name) + ENTRY for name in parameters)
     if kind == "full":
         result = sum(value.nbytes for value in model.parameters())
         return Sizes(result, result + state)

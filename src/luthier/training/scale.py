@@ -19,9 +19,9 @@ DOUBLED_AFTER = 2000
 """Steps without an overflow after which the scale is doubled, as PyTorch does it."""
 
 
-def first(arithmetic: torch.dtype) -> float:
-    """The scale that a run starts with; 1 where the arithmetic is not fp16."""
-    return FIRST if arithmetic == torch.float16 else 1.0
+def first(fp16: bool) -> float:
+    """The scale that a run starts with; 1 where nothing is computed in fp16."""
+    return FIRST if fp16 else 1.0
 
 
 def halved(scale: float, loss: float, norm: float) -> float | None:
@@ -30,10 +30,9 @@ def halved(scale: float, loss: float, norm: float) -> float | None:
     return scale / 2 if overflowed and scale > 1 else None
 
 
-def doubled(scale: float, steady: int) -> float:
+def doubled(scale: float, steady: int, fp16: bool) -> float:
     """The scale after a step that was the `steady`th in a row without an overflow."""
-    due = scale > 1 and steady % DOUBLED_AFTER == 0
-    return min(scale * 2, LARGEST) if due else scale
+    return min(scale * 2, LARGEST) if fp16 and steady % DOUBLED_AFTER == 0 else scale
 
 
 def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:

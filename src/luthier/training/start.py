@@ -67,6 +67,7 @@ def choose_route(
     pad_id: int,
     autocast: torch.dtype | None,
     dropping: bool,
+    scale: float,
     proof: bool,
     say: Say,
 ) -> Route:
@@ -87,6 +88,7 @@ def choose_route(
             autocast=autocast,
             seed=section.seed if dropping and not section.base_dropout else None,
             gradients=proof,
+            scale=scale,
         )
         model.train()
         write_json(folder.proof, found.record)
@@ -115,6 +117,12 @@ def autocast_dtype(model: Any, section: TrainSection) -> torch.dtype | None:
             f"train.precision: {section.precision}, but the weights are held in {name_of(held)}; change model.dtype"
         )
     return wanted
+
+
+def computes_in_fp16(model: Any, autocast: torch.dtype | None) -> bool:
+    """Is any part of it? The quantised layers have a format of their own."""
+    base = base_of(model)
+    return torch.float16 in {autocast or base.dtype, getattr(base, "luthier_arithmetic", None)}
 
 
 def recompute_activations(model: Any) -> None:
