@@ -52,10 +52,11 @@ CELLS = [Cell(tokens, again) for again in (False, True) for tokens in (512, 1024
 
 def main() -> None:
     print("tokens  recomputed  foretold  measured")
-    found = {cell: compared(cell, REPETITIONS) for cell in CELLS}
-    for cell, (predicted, measured) in found.items():
-        off = predicted / measured - 1
-        print(f"{cell.tokens:6,}  {cell.checkpointing!s:10}  {predicted:4.0f} MiB  {measured:4.0f} MiB  {off:+.0%}")
+    found = {}
+    for cell in CELLS:
+        predicted, taken = found[cell] = compared(cell, REPETITIONS)
+        again, off = "yes" if cell.checkpointing else "no", predicted / taken - 1
+        print(f"{cell.tokens:6,}  {again:10}  {predicted:4.0f} MiB  {taken:4.0f} MiB  {off:+.0%}", flush=True)
     orders = [sorted(CELLS, key=lambda cell: found[cell][column]) for column in (0, 1)]
     print("order right" if orders[0] == orders[1] else f"order: foretold {orders[0]}, measured {orders[1]}")
 

@@ -34,7 +34,7 @@ LORA = MethodSection(r=4, dropout=0.1)
 RECIPE = """
 model: {{name: ./model}}
 data: {{train: {data}, max_length: 64}}
-method: {{r: 4, dropout: 0.1}}
+method: {{r: 4}}
 train: {{batch: 4, epochs: 2, tokens_per_pass: 128}}
 """
 
@@ -66,7 +66,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_without_weights_it_says_what_training_says(recipe: Path, tmp_path: Path) -> None:
-    found = plan(recipe, say=lambda _: None)
+    found = plan(recipe, ["method.dropout=0.1"], say=lambda _: None)
     said: list[str] = []
     real = AutoModelForCausalLM.from_pretrained(tiny_qwen2(tmp_path / "whole"))
     adapted = attach(real, LORA, 42, say=said.append)
@@ -106,13 +106,14 @@ def test_what_is_not_there_is_assumed_and_said(recipe: Path) -> None:
     assert found.largest == (128, 2) and found.steps is None and found.tokens is None
     assert len(found.unknown) == 1 and "rows of data.max_length (64 tokens) are assumed" in found.unknown[0]
     (recipe.parent / "model" / "tokenizer.json").unlink()
-    found = plan(recipe, ["train.epochs=null", "train.steps=3", "method.dropout=0"], say=lambda _: None)
+    found = plan(recipe, ["train.epochs=null", "train.steps=3"], say=lambda _: None)
     assert found.steps == 3 and "holds no tokenizer" in found.unknown[0]
     assert any(line.startswith("not known: the data: ") for line in lines(found))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["keeps", "recomputes"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "glm"])
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [("llama", True), ("gemma2", False), ("gemma2", True), ("opt", True), ("glm", False)]
+)
 def test_a_rehearsal_is_the_pass_itself_without_its_numbers(tmp_path: Path, family: str, checkpointing: bool) -> None:
     """The same counting over real tensors comes to the same bytes: what is kept, and the peak."""
     folder = config_alone(tmp_path / "model", family)
@@ -144,17 +145,16 @@ def test_a_rehearsal_is_the_pass_itself_without_its_numbers(tmp_path: Path, fami
 
 
 def test_memory_follows_what_it_is_of(tmp_path: Path) -> None:
-    folder = config_alone(tmp_path / "model", "llama", num_hidden_layers=4)
+    folder = config_alone(tmp_path / "model", "llama")
     few, many = (pack(_Assumed(40), range(rows)) for rows in (2, 4))
-    kept = {
+    kept: dict[tuple[int, bool], int] = {
         (rows, again): memory(
             bare(folder, method=MethodSection(r=4), train=TrainSection(activation_checkpointing=again)), part
         ).rehearsal.kept
-        for rows, part in ((2, few), (4, many))
-        for again in (False, True)
+        for rows, part, again in ((2, few, False), (2, few, True), (4, many, False))
     }
     assert kept[4, False] == pytest.approx(2 * kept[2, False], rel=0.02)
-    assert kept[2, True] < kept[2, False] / 3
+    assert kept[2, True] < kept[2, False] / 2
     full = memory(bare(folder, method=MethodSection(kind="full")), few)
     assert full.adapter == full.table == 0 and full.gradients == full.weights == full.optimizer / 2
 

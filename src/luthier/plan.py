@@ -380,8 +380,9 @@ def _disk(bare: Bare, model: Any, known: Memory, steps: int | None, order: Order
     if most is not None:
         disk[f"checkpoints at most, {most}"] = most * checkpoint
     if not full:
-        numbers = sum(quantize.numbers(parameter) for parameter in base_of(bare.model()).parameters())
-        numbers -= sum(p.numel() for p in model.parameters() if p.requires_grad)
+        added = (".lora_", ".modules_to_save.")
+        base = [p for name, p in model.named_parameters() if not any(part in name for part in added)]
+        numbers = sum(quantize.numbers(parameter) for parameter in base)
         width = DTYPES.get(bare.recipe.merge.dtype, bare.dtype).itemsize
         disk["merged model"] = numbers * width
     return disk

@@ -27,11 +27,14 @@ from luthier.engine import dropout, loss
 from luthier.engine.forward import DevicePass, Route, SummedLoss, on_device
 from luthier.errors import ModelError
 from luthier.models import families, quantize
+from luthier.models.load import read_config
 from luthier.sections import Quantization
 from luthier.training.start import recompute_activations
 
 ROUNDS = 2
-"""Passes rehearsed: the second finds the gradients of the first, as every pass of a step but one does."""
+"""Steps of one pass that are rehearsed: the second finds the heap as the first left it."""
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 62}
+"""Elements of a dropout mask at once. On the CPU eight times what it takes, 4 MiB: a rehearsal is slow by the piece."""
 ALIGNED = 64
 """Bytes to which torch aligns a tensor on the CPU."""
 LOOKED_AT = 1 << 16
@@ -69,6 +72,7 @@ def bare_model(
     except Exception as error:  # a configuration is checked by whatever its fields are typed with
         said = (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(". :")
         raise ModelError(f"{path}: a model of its config.json cannot be built ({said})") from error
+    families.settle(model, read_config(path))
     if quantized is not None:
         for module in model.modules():
             if type(module) is nn.Linear and module is not model.get_output_embeddings():
@@ -100,7 +104,7 @@ def rehearse(
         recompute_activations(model)
     model.train()
     given = _faked(on_device(part, torch.device("cpu"), seed), mode)
-    with mode, _chunks_of(device), dropout.keyed(model, seed) if seed is not None else nullcontext():
+    with mode, _pieces_of(device), dropout.keyed(model, seed) if seed is not None else nullcontext():
         if seed is not None:
             with torch.no_grad():
                 SummedLoss(model, route)(given)  # makes the dropout's table
@@ -109,15 +113,17 @@ def rehearse(
         watch = _Watch(known, heap)
         with watch:
             for _ in range(ROUNDS):
+                model.zero_grad()
                 start = watch.peak = watch.live
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     value = SummedLoss(model, route)(given)
                 kept, forward = watch.live - start, watch.peak - watch.live
                 watch.peak = watch.live
                 torch.autograd.backward(value)
-                backward = watch.peak - start - kept
                 del value
-    most = start + kept + max(forward, backward)
+                gradients = watch.live - start
+                backward = max(0, watch.peak - start - kept - gradients)
+    most = start + gradients + kept + max(forward, backward)
     return Rehearsal(kept, forward, backward, max(0, heap.high - most) if heap is not None else 0)
 
 
@@ -208,14 +214,14 @@ def _faked(given: DevicePass, mode: FakeTensorMode) -> DevicePass:
 
 
 @contextmanager
-def _chunks_of(device: str) -> Iterator[None]:
-    """The loss in the chunks of that device, though the tensors claim to be on the CPU."""
-    before = loss.CHUNK["cpu"]
-    loss.CHUNK["cpu"] = loss.CHUNK[device]
+def _pieces_of(device: str) -> Iterator[None]:
+    """The loss in the chunks of that device, though the tensors claim to be on the CPU; masks in pieces as in PIECE."""
+    before = loss.CHUNK["cpu"], dropout.PIECE
+    loss.CHUNK["cpu"], dropout.PIECE = loss.CHUNK[device], PIECE[device]
     try:
         yield
     finally:
-        loss.CHUNK["cpu"] = before
+        loss.CHUNK["cpu"], dropout.PIECE = before
 
 
 def _tables(model: nn.Module) -> list[Tensor]:
