@@ -125,7 +125,7 @@ def test_a_rehearsal_is_the_pass_itself_without_its_numbers(tmp_path: Path, fami
     real = attach(real, method, 0, say=lambda _: None)
     from luthier.engine import dropout
 
-    dropout.silence(real)
+    dropout.of_base(real).set_to(0.0)
     adopt(real)
     if checkpointing:
         recompute_activations(real)

@@ -23,7 +23,7 @@ from luthier.data.encode import Encoder, Example
 from luthier.data.pack import Pass, padded_passes, passes
 from luthier.data.prepare import prepare
 from luthier.engine.attention import CannotPackError
-from luthier.engine.dropout import TABLE_BITS, WIDEST
+from luthier.engine.dropout import TABLE_BITS, WIDEST, of_base
 from luthier.engine.forward import Route, adopt, base_of, rotary_border
 from luthier.engine.memory import free_memory
 from luthier.engine.proof import rows_to_prove
@@ -49,7 +49,7 @@ from luthier.training.budget import SHARE, TOKENS_PER_PASS
 from luthier.training.optim import peak_lr
 from luthier.training.room import ENTRIES, ENTRY, GENERATORS
 from luthier.training.start import SHARE as PROOF_SHARE
-from luthier.training.start import autocast_dtype, base_dropout
+from luthier.training.start import autocast_dtype
 
 if TYPE_CHECKING:
     from luthier.data.prepare import Data
@@ -141,7 +141,8 @@ class Bare:
         model = bare_model(self.path, self.dtype, vendor_code=self.vendor_code, quantized=self.quantized)
         say(f"{type(model).__name__}, {footprint(model)}")
         adapted = attach(model, self.recipe.method, self.recipe.train.seed, say=say)
-        base_dropout(adapted, self.recipe.train, lambda _: None)
+        if not self.recipe.train.base_dropout:
+            of_base(adapted).set_to(0.0)  # for good: this model is of no other use
         return adapted
 
     def section(self, model: Any) -> TrainSection:

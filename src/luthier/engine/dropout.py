@@ -205,22 +205,23 @@ class BaseDropout:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, nothing of it is drawn. It comes in sequence: with it, a gradient depends on the cut."""
-        self._set(0.0)
+        self.set_to(0.0)
         try:
             yield
         finally:
-            self._set()
+            self.set_to()
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Within `off`: its own values again, for a configuration that is saved meanwhile."""
-        self._set()
+        self.set_to()
         try:
             yield
         finally:
-            self._set(0.0)
+            self.set_to(0.0)
 
-    def _set(self, value: float | None = None) -> None:
+    def set_to(self, value: float | None = None) -> None:
+        """All of it to one value; without one each to its own."""
         for holder, attribute, own in self.places:
             setattr(holder, attribute, own if value is None else value)
 
