@@ -147,7 +147,7 @@ class Bare:
 
     def section(self, model: Any) -> TrainSection:
         """The train section with its precision decided."""
-        return with_precision(self.recipe.train, self.dtype, model, lambda _: None)
+        return with_precision(self.recipe.train, self.dtype, model.dtype, self.device, lambda _: None)
 
 
 def plan(recipe: str | Path, overrides: Sequence[str] = (), *, say: Say = print) -> Plan:

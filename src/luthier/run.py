@@ -182,7 +182,7 @@ def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) 
     check_prompts(model, ids, recipe.generate)
     stored = model.dtype
     model = attach(model, recipe.method, recipe.train.seed, say=say, revision=recipe.model.revision)
-    section = with_precision(recipe.train, stored, model, say)
+    section = with_precision(recipe.train, stored, model.dtype, world.device.type, say)
     autocast_dtype(model, section)
     _say_rate(recipe, rate, say)
     return Workbench(recipe, section, model, stored, tokenizer, encoder, data, order, prompts)
@@ -240,12 +240,12 @@ def held(recipe: Recipe, device: Any) -> ModelSection:
     return recipe.model
 
 
-def with_precision(section: TrainSection, stored: Any, model: Any, say: Say) -> TrainSection:
+def with_precision(section: TrainSection, stored: Any, dtype: Any, device: str, say: Say) -> TrainSection:
     """auto follows the checkpoint's format, also where the weights were turned to fp32 because they train."""
-    if section.precision == "fp16" and model.device.type == "cpu":
+    if section.precision == "fp16" and device == "cpu":
         say("train.precision: fp16 is for GPUs; a CPU computes in bf16 instead")
         return section.model_copy(update={"precision": "bf16"})
-    if section.precision != "auto" or str(stored) != "torch.bfloat16" or model.dtype == stored:
+    if section.precision != "auto" or str(stored) != "torch.bfloat16" or dtype == stored:
         return section
     say("train.precision: auto is bf16, the checkpoint's format (by autocast: the weights that train stay fp32)")
     return section.model_copy(update={"precision": "bf16"})
