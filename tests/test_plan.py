@@ -134,14 +134,17 @@ def test_a_rehearsal_is_the_pass_itself_without_its_numbers(tmp_path: Path, fami
     watch = _Watch([*real.parameters(), *real.buffers()], None)
     with watch:
         for _ in range(2):
+            real.zero_grad()
             start = watch.peak = watch.live
             loss = SummedLoss(real, "engine")(given)
-            kept = watch.live - start
+            kept, forward = watch.live - start, watch.peak - watch.live
+            watch.peak = watch.live
             torch.autograd.backward(loss)
-            peak = watch.peak - start
             del loss
-    assert found is not None and found.kept == kept
-    assert found.kept + max(found.forward, found.backward) == peak
+            peak, gradients = watch.peak - start, watch.live - start
+    assert gradients == sum(value.nbytes for value in real.parameters() if value.requires_grad)
+    assert found is not None and (found.kept, found.forward) == (kept, forward)
+    assert found.backward == max(0, peak - kept - gradients) and found.holes == 0
 
 
 def test_memory_follows_what_it_is_of(tmp_path: Path) -> None:

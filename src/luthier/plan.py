@@ -62,6 +62,9 @@ IN_8_BITS, BLOCK = 4096, 256
 """bitsandbytes keeps smaller tensors' moments in fp32; so many share a scale of 4 bytes."""
 MOST_STEPS = 10_000
 """Steps among which the largest is looked for."""
+LIBRARIES = {"cpu": 30 << 20}
+"""What a first step takes beside tensors: code that is first used, kernels made for these shapes (measured: 30 MiB with
+8 tokens, of 100 M parameters). A GPU's own fixed costs are its driver's and unknown here."""
 LOGITS = 12
 """Bytes of the proof's reference for each logit: three fp32 (proof.py)."""
 
@@ -70,8 +73,8 @@ LOGITS = 12
 class Memory:
     """Bytes. weights: of the base as loaded; adapter: what trains beside them (0 where they train themselves).
 
-    table: of the dropout's keep-flags; rehearsal: of the largest pass, None where it could not be computed; proof: what
-    the reference's logits take before step 1, then given back.
+    table: of the dropout's keep-flags; libraries: what they take for themselves; rehearsal: of the largest pass, None
+    where it could not be computed; proof: what the reference's logits take before step 1, then given back.
     """
 
     weights: int
@@ -79,6 +82,7 @@ class Memory:
     gradients: int
     optimizer: int
     table: int
+    libraries: int
     rehearsal: Rehearsal | None = None
     proof: int = 0
 
@@ -87,7 +91,7 @@ class Memory:
         """Over the process that has loaded the base model, at the peak of a step."""
         pass_ = self.rehearsal
         work = pass_.kept + max(pass_.forward, pass_.backward) + pass_.holes if pass_ else 0
-        return self.adapter + self.gradients + self.optimizer + self.table + work
+        return self.adapter + self.gradients + self.optimizer + self.table + self.libraries + work
 
     @property
     def most(self) -> int:
@@ -248,6 +252,7 @@ def _without_pass(model: Any, bare: Bare) -> Memory:
         gradients=size_of_trained,
         optimizer=optimizer_bytes(trained, bare.recipe.train.optimizer),
         table=4 * ((1 << TABLE_BITS) + WIDEST) if bare.dropout else 0,
+        libraries=LIBRARIES.get(bare.device, 0),
     )
 
 

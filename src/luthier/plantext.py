@@ -42,6 +42,8 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "optimizer", size(found.optimizer), f"{section.optimizer}{paged}"
     if found.table:
         yield "dropout", size(found.table), "one table of masks for all layers"
+    if found.libraries:
+        yield "libraries", size(found.libraries), "code and kernels that a first step brings in"
     if (work := found.rehearsal) is None:
         yield "activations", "?", "not known, see below"
     else:
