@@ -33,7 +33,7 @@ def test_a_verb_is_not_covered_by_the_module_of_its_name() -> None:
     """Importing luthier.train, a package, would make `luthier.train` that package: then a second call fails."""
     modules = [".".join(path.relative_to(SOURCE.parent).with_suffix("").parts) for path in SOURCE.rglob("[a-z]*.py")]
     code = (
-        "import importlib, inspect, luthier\n"
+        "import importlib, inspect, luthier; from luthier.quiet import quiet; quiet()\n"
         f"for module in {sorted(modules)}: importlib.import_module(module)\n"
         "print([name for name in luthier.__all__ if inspect.ismodule(getattr(luthier, name))])"
     )

@@ -78,7 +78,7 @@ def test_the_footprint_is_the_arithmetic_of_the_parameters(tmp_path: Path, kind:
     assert quantize.bytes_of(list(model.parameters())) == held + other
     form = "int8" if kind == "int8" else "nf4"
     assert footprint(model) == (
-        f"{(held + other) / 2**20:.1f} MiB of weights (bf16, {form}), {count / 1e6:.1f} M parameters"
+        f"{(held + other) / 2**10:.1f} KiB of weights (bf16, {form}), {count:,} parameters"
     )
     said: list[str] = []
     adapters = 4 * sum(sum(shapes[name]) for name in layers(model))

@@ -221,6 +221,8 @@ class YuanMLP(nn.Module):
 
 
 class YuanDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Attention and feed-forward, each behind a norm and added to what came in: [B, L, D] → [B, L, D]."""
+
     def __init__(self, config: YuanConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = YuanAttention(config, layer_idx)
@@ -237,6 +239,8 @@ class YuanDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
 
 class YuanPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What transformers asks of the family."""
+
     config_class = YuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -314,6 +318,8 @@ def _starts(positions: Tensor, mask: Tensor | None, layout: Layout | None) -> Te
 
 
 class YuanForCausalLM(YuanPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The decoder and its head, which is the embedding."""
+
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: YuanConfig) -> None:

@@ -232,6 +232,7 @@ def _complete(checkpoints: Path) -> list[Path]:
 
 
 def prune(checkpoints: Path, keep: int | Literal["all"]) -> None:
+    """Remove all but the newest `keep`, and what a killed run left half written."""
     for leftover in checkpoints.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
     if keep != "all":
