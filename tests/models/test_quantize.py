@@ -77,9 +77,7 @@ def test_the_footprint_is_the_arithmetic_of_the_parameters(tmp_path: Path, kind:
     other = 2 * (count - sum(shapes[name].numel() for name in layers(model)))
     assert quantize.bytes_of(list(model.parameters())) == held + other
     form = "int8" if kind == "int8" else "nf4"
-    assert footprint(model) == (
-        f"{(held + other) / 2**10:.1f} KiB of weights (bf16, {form}), {count:,} parameters"
-    )
+    assert footprint(model) == (f"{(held + other) / 2**10:.1f} KiB of weights (bf16, {form}), {count:,} parameters")
     said: list[str] = []
     adapters = 4 * sum(sum(shapes[name]) for name in layers(model))
     attach(model, MethodSection(r=4), 0, say=said.append)
