@@ -110,22 +110,22 @@ def _beginning(source: Path, path: Path) -> None:
 
 
 def _instructions() -> Iterator[dict[str, str]]:
-    for i in range(4 * ROWS):
+    for i in range(6 * ROWS):
         yield {"instruction": f"Where is {i}?", "input": "In town?" if i % 3 else "", "output": f"By the river {i}."}
 
 
 def _quotes() -> Iterator[dict[str, str]]:
-    for i in range(4 * ROWS):
+    for i in range(6 * ROWS):
         yield {"quote": f"“Imagination {i} is more.”", "author": f"Albert {i}", "tags": "[]"}
 
 
 def _pairs() -> Iterator[dict[str, str]]:
-    for i in range(4 * ROWS):
+    for i in range(6 * ROWS):
         yield {"source_set": "town", "en": f"The river {i} is old.", "zh": f"第{i}条河很老。"}
 
 
 def _adverts() -> Iterator[dict[str, str]]:
-    for i in range(4 * ROWS):
+    for i in range(6 * ROWS):
         yield {"content": f"类型#上衣*号{i}", "summary": f"这件上衣是第{i}号。"}
 
 

@@ -181,7 +181,7 @@ def test_s2_every_row_is_trained_on_and_its_end_is_taught(shell: Shell) -> None:
     changes = [*system("S2").begin(shell.folder, None)[0], "model.quantize=none", "train.optimizer=adamw"]
     shell("train", "s2_gemma_2b_nf4.yaml", *changes, "data.sample=null")
     report = json.loads((shell.folder / "runs/s2_gemma_2b_nf4/data.json").read_text())
-    assert report["train_rows"] == 96 and report["supervised_tokens"] > report["train_rows"] * 5
+    assert report["train_rows"] == 144 and report["supervised_tokens"] > report["train_rows"] * 5
     looked = shell("look", "s2_gemma_2b_nf4.yaml", *changes)
     assert looked.count("</s>⟧") == 3, looked  # each row that is shown
 
@@ -204,3 +204,38 @@ def test_s6_a_target_that_is_not_there_is_an_error_with_the_close_names(shell: S
     targets = "method.target=[q_proj, k_proj, v_proj, out_proj, fc_in, fc_out]"
     refused = shell("train", "s6_opt_6_7b_int8.yaml", *changes, targets, status=2)
     assert "fc_in matches no layer of this opt model; close: " in refused and "fc1" in refused
+
+
+def test_s4_the_turns_own_end_is_taught_and_a_long_row_is_no_row_without_an_end(shell: Shell) -> None:
+    """The tutorial teaches the pad token instead of <|im_end|>, and cuts both off at 384 tokens."""
+    [*changes], _ = system("S4").begin(shell.folder, None)
+    rows = json.loads((shell.folder / "huanhuan.json").read_text("utf-8"))[:9]
+    rows.append({"instruction": "谁？", "input": "", "output": "河边的老城。" * 100})
+    (shell.folder / "huanhuan.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    looked = shell("look", "s4_qwen2_1_5b_huanhuan.yaml", *changes, "data.sample=null", "--rows", "9")
+    assert looked.count("<|im_end|>⟧") == 9 and "甄嬛" in looked
+    assert "9 rows to train on, 0 held out, 1 too long, dropped" in looked
+    cut = shell(
+        "look", "s4_qwen2_1_5b_huanhuan.yaml", *changes, "data.sample=null", "data.too_long=cut", "--rows", "10"
+    )
+    assert cut.count("<|im_end|>⟧") == 10 and "10 rows to train on, 0 held out, 1 cut" in cut
+
+
+def test_s5_no_vendor_code_runs_and_the_end_is_taught_though_it_is_pad_and_beginning(shell: Shell) -> None:
+    """A dot in the folder's name broke the dynamic import of code that is not imported here."""
+    changes, _ = system("S5").begin(shell.folder, None)
+    folder = shell.folder / "model.v1"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text("raise SystemExit('vendor code ran')")
+    assert len({config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]}) == 1
+    looked = shell("look", "s5_yuan2_2b_medical.yaml", *changes)
+    assert looked.count("<eod>⟧") == 3 and looked.count("<sep>⟦") == 3
+
+
+def test_s7_what_is_cut_is_counted_and_keeps_its_end(shell: Shell) -> None:
+    changes, _ = system("S7").begin(shell.folder, None)
+    looked = shell("look", "s7_chatglm3_6b_adgen.yaml", *changes, "data.max_answer=8", "--rows", "5")
+    assert "144 cut" in looked, looked
+    assert looked.count("</s>⟧") == 5  # each row that is shown
