@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import REPOSITORY
@@ -69,6 +70,8 @@ def _model(system: System, path: Path, shared: Path | None) -> None:
     if shared is None:
         tokenizer = tiny_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": list(system.marks)})
+        if system.model is None:
+            _grow(path, len(tokenizer))
     elif system.model is not None:
         path.mkdir()
         for file in (shared / system.tokenizer).iterdir():
@@ -82,6 +85,16 @@ def _model(system: System, path: Path, shared: Path | None) -> None:
         model.to(torch.bfloat16 if kind in ("qwen2", "gemma") else torch.float16).save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+
+
+def _grow(path: Path, words: int) -> None:
+    """The small fixtures know 256 tokens: their rows again for those beyond."""
+    config = json.loads((path / "config.json").read_text())
+    key = "padded_vocab_size" if "padded_vocab_size" in config else "vocab_size"
+    tensors = load_file(path / "model.safetensors")
+    grown = {name: torch.cat([t, t])[:words] if t.shape[0] == config[key] else t for name, t in tensors.items()}
+    save_file(grown, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config | {key: words}))
 
 
 def _data(system: System, path: Path, shared: Path | None) -> None:

@@ -202,6 +202,7 @@ def test_a_tree_is_folded_where_layers_repeat(tmp_path: Path) -> None:
     assert sum("gate_up_proj  Linear 32 → 96" in line for line in tree) == 1
 
 
+@pytest.mark.full
 def test_where_it_does_not_fit_it_says_what_to_turn(tmp_path: Path) -> None:
     folder = config_alone(tmp_path / "model", "llama")
     found = planned(bare(folder, method=MethodSection(r=4)), None, free=1000)

@@ -64,7 +64,7 @@ def test_sighup_stops_after_the_step(here: Path) -> None:
     assert said.splitlines()[-1].endswith("; go on with: luthier train runs/hung_up --resume")
 
 
-@pytest.mark.parametrize("devices", ["train.devices=cpu", TWO])
+@pytest.mark.parametrize("devices", ["train.devices=cpu", pytest.param(TWO, marks=pytest.mark.full)])
 def test_a_closed_terminal_stops_it_as_well(here: Path, devices: str) -> None:
     """Its lines cannot be written any more; the step is finished and saved all the same."""
     name = f"terminal{len(devices)}"

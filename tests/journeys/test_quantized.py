@@ -58,7 +58,7 @@ def test_train_compare_generate_and_merge(place: Path, luthier: Luthier) -> None
     assert status == 0, error
     lines = trained.splitlines()
     why = "(fp16 as the recipe says, but a CPU computes in bf16)"
-    held = f"linear layers in nf4, double quantisation, computed in bf16 {why}; the head stays in fp32"
+    held = f"linear layers in nf4, double quantisation, computed in bf16 {why}; the head is not quantised"
     assert lines.count(f"{place / 'model'}: {held}") == 1
     assert any(line.startswith("model: 0.2 MiB of weights (fp32, nf4), 0.1 M parameters on cpu") for line in lines)
     assert "train.optimizer: a CPU has nothing to page to: paged_adamw_8bit is adamw_8bit" in lines

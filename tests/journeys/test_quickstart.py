@@ -62,6 +62,7 @@ def test_the_commands_that_it_names_work(journey: Path) -> None:
     assert merged.strip() == same["tuned"]["text"].strip() != same["base"]["text"].strip()
 
 
+@pytest.mark.full
 def test_a_second_quickstart_takes_what_is_there(journey: Path) -> None:
     """The files stay as the user left them; the run and the merged folder get numbers."""
     recipe = journey / "quickstart.yaml"

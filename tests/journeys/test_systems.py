@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +45,6 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     yield Shell(tmp_path, monkeypatch, capsys)
 
 
-def real() -> Path | None:
-    folder = Path(os.environ.get("LUTHIER_SHARED", RECIPES.parent.parent / "shared"))
-    return folder if (folder / "oracle").is_dir() else None
-
-
 def reply(screen: str) -> dict[str, object]:
     """What --json wrote; asides come behind it here."""
     return next(json.loads(line) for line in screen.splitlines() if line.startswith('{"prompt"'))
@@ -60,15 +54,18 @@ def lines(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.parametrize("things", ["stand-ins", pytest.param("real", marks=pytest.mark.full)])
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 def test_a_system_from_look_to_the_merged_model(
-    shell: Shell, system: System, record_property: Callable[[str, str], None]
+    shell: Shell, system: System, things: str, request: pytest.FixtureRequest
 ) -> None:
-    """Real tokenizer and data where the shared folder is there, else stand-ins: the report's "stands in" tells."""
+    """With stand-ins of this repository for tokenizer and data; in test-full with the shared folder's real ones, where
+    it has them (Gemma's tokenizer it has not: a stand-in there as well)."""
     if system.quantised:
         pytest.importorskip("bitsandbytes")
-    changes, stands_in = system.begin(shell.folder, real())
-    record_property("stands in", ", ".join(stands_in) or "nothing")
+    shared = request.getfixturevalue("shared") if things == "real" else None
+    changes, stands_in = system.begin(shell.folder, shared)
+    assert stands_in == (["tokenizer", "data"] if shared is None else ["tokenizer"] * (system.name == "S2"))
     name = system.recipe.removesuffix(".yaml")
     run = shell.folder / "runs" / name
 

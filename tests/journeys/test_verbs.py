@@ -107,6 +107,7 @@ def test_prompts_come_from_files_and_standard_input(trained: Path) -> None:
     assert len(talk.splitlines()) >= 3
 
 
+@pytest.mark.full
 def test_resume_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """SIGTERM: the step is finished, a checkpoint written, exit 143; resumed, it ends like a run that never stopped."""
     begin(tmp_path, train={"steps": 40, "log_every": 1})
@@ -136,6 +137,7 @@ def test_resume_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert changed.returncode == 2 and "train.lr: 0.005" in changed.stderr
 
 
+@pytest.mark.full
 def test_full_fine_tuning_makes_the_same_journey(tmp_path: Path) -> None:
     begin(tmp_path, method={"kind": "full", "r": None, "dropout": None}, train={"lr": 1e-3, "steps": 4})
     recipe = yaml.safe_load((tmp_path / "town.yaml").read_text())

@@ -279,8 +279,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"rope_ratio": 50},
-        "{path}: a ChatGLM with rope_ratio 50, which is not computed as ChatGLM3 is; for GLM-4 take the folder whose "
-        "name ends in -hf",
+        "{path}: a ChatGLM with rope_ratio 50, which is not computed as ChatGLM3 is; take ChatGLM3-6B itself, or "
+        "for GLM-4 the folder whose name ends in -hf",
     ),
     ({"vision_config": {"depth": 1}}, "{path}: a ChatGLM with vision_config, which is not computed as ChatGLM3 is"),
     ({"rmsnorm": False}, "{path}: a ChatGLM with rmsnorm False, which is not computed as ChatGLM3 is"),

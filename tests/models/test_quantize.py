@@ -99,13 +99,13 @@ def test_the_compute_dtype_is_said_and_fp16_is_bf16_on_a_cpu(folder: Path) -> No
     model = load_model(folder, section, CPU, say=said.append)
     assert said[1] == (
         "m: linear layers in nf4, double quantisation, computed in bf16 (fp16 as the recipe says, but a CPU computes "
-        "in bf16); the head stays in fp32"
+        "in bf16); the head is not quantised"
     )
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 32)
     expected = x.bfloat16() @ quantize.dequantised(layer, torch.bfloat16).T
     assert torch.equal(layer(x), expected.float())
     load_model(folder, ModelSection(name="m", quantize="int8"), CPU, say=said.append)
-    assert said[3] == "m: linear layers in int8, computed in fp32; the head stays in fp32"
+    assert said[3] == "m: linear layers in int8, computed as the rest of the model; the head is not quantised"
 
 
 def test_without_bitsandbytes_one_line_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def test_chatglm3_has_the_vendors_ids(shared: Path) -> None:
     assert one.ids[2:start] == expected["pair"]["question_ids"]
 
 
+@pytest.mark.full
 def test_yuan2_has_the_vendors_ids(shared: Path) -> None:
     tokenizer = real(shared / REAL["yuan2"])
     expected = json.loads((shared / REAL["yuan2"] / "expected.json").read_text())

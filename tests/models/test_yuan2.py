@@ -237,7 +237,7 @@ def test_the_engine_is_proven_and_nothing_leaks() -> None:
     model = lora(tiny("yuan"), lora_dropout=0.1).train()
     with dropout.keyed(model, 1):
         proven = proof.prove(model, ROWS, EVERY[:4], pad_id=0, device=CPU, autocast=None, seed=3)
-        assert proof._Bench(model, ROWS, 0, CPU, None, 3).leak(EVERY) == 0.0
+        assert proof._Bench(model, ROWS, 0, CPU, None, 3, 1.0).leak(EVERY) == 0.0
     assert proven.route == "engine" and proven.record["tried"]["engine"]["difference"] < 1e-5
 
 

@@ -102,6 +102,7 @@ print("losses", len(outcome.losses))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+@pytest.mark.full
 def test_a_cpu_without_memory_is_known_by_its_own_error(tmp_path):
     """A real limit of 5 GiB: a step of 400 tokens would take 6.4, half of it fits."""
     script = tmp_path / "limited.py"
