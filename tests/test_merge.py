@@ -28,7 +28,7 @@ from luthier.models.adapters import adapter_hash, attach, load_adapter, save_ada
 from luthier.models.load import load_model
 from luthier.quiet import quiet
 from luthier.sections import MethodSection, ModelSection
-from tiny import CHATML, tiny_llama, tiny_qwen2, tiny_tokenizer
+from tiny import CHATML, moved, tiny_llama, tiny_qwen2, tiny_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 200, 31, 77, 140, 8, 6]])
@@ -43,18 +43,8 @@ def load(path: Path) -> Any:
     return load_model(path, ModelSection(name="tiny"), CPU, say=lambda line: None)
 
 
-def move(model: Any) -> Any:
-    """Every trainable number moved at random, as training would."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
 def tuned(path: Path, adapter: Path, **method: Any) -> Any:
-    model = move(attach(load(path), MethodSection(**method), 1, say=lambda line: None))
+    model = moved(attach(load(path), MethodSection(**method), 1, say=lambda line: None))
     save_adapter(model, adapter, tiny_tokenizer())
     return model
 
@@ -122,7 +112,7 @@ def plain_peft(tmp_path: Path, **options: Any) -> tuple[Path, Path, torch.Tensor
     """An adapter that PEFT alone wrote: (base, adapter, its logits)."""
     base, adapter = tiny_llama(tmp_path / "base"), tmp_path / "adapter"
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], **options)
-    model = move(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config))
+    model = moved(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config))
     model.save_pretrained(adapter)
     return base, adapter, logits(model)
 
@@ -160,7 +150,7 @@ def test_layers_that_are_stored_transposed_and_were_trained_quantised(tmp_path: 
     GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4)).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     model = load_model(base, ModelSection(name="tiny", quantize=kind), CPU, say=lambda line: None)
-    save_adapter(move(attach(model, MethodSection(target=["attn.c_proj"]), 1, say=lambda line: None)), adapter)
+    save_adapter(moved(attach(model, MethodSection(target=["attn.c_proj"]), 1, say=lambda line: None)), adapter)
     merge(base, adapter, tmp_path / "out", say=lambda line: None)
     expected = logits(load_adapter(load(base), adapter))
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))

@@ -77,6 +77,16 @@ def tiny_qwen2(path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0,
     return _save(model.to(dtype), path)
 
 
+def moved(model: Any) -> Any:
+    """Every trainable number moved at random, as training would."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
 def _save(model: Any, path: Path) -> Path:
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)

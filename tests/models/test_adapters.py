@@ -38,7 +38,7 @@ from luthier.models.load import load_model
 from luthier.quiet import quiet
 from luthier.sections import MethodSection, ModelSection, TrainSection
 from rows import fit, random_rows
-from tiny import tiny_llama, tiny_qwen2, tiny_tokenizer
+from tiny import moved, tiny_llama, tiny_qwen2, tiny_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 200, 31, 77, 140, 8, 6]])
@@ -56,13 +56,7 @@ def load(path: Path) -> Any:
 
 def tuned(path: Path, seed: int = 1, **method: Any) -> Any:
     """A model whose every trainable number was moved at random, as training would."""
-    model = attach(load(path), MethodSection(**method), seed, say=lambda line: None)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+    return moved(attach(load(path), MethodSection(**method), seed, say=lambda line: None))
 
 
 @torch.no_grad()

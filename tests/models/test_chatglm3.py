@@ -32,7 +32,7 @@ from luthier.models.weights import open_weights
 from luthier.quiet import quiet
 from luthier.sections import MethodSection, ModelSection, Quantization
 from rows import Rows
-from tiny import tiny_tokenizer
+from tiny import moved, tiny_tokenizer
 from vendorglm import MINI, VendorGLM, vendor_folder
 
 CPU = torch.device("cpu")
@@ -212,16 +212,6 @@ def test_what_is_saved_opens_in_plain_transformers(tmp_path: Path) -> None:
     assert [configs[0][key] for key in facts] == [["GlmForCausalLM"], "glm", 0, 2, "float32", False]
     settings = GenerationConfig.from_pretrained(tmp_path / "merged")
     assert settings.pad_token_id == 0 and settings.eos_token_id == [1, 2]  # the tiny tokenizer's, the vendor's
-
-
-def moved(model: Any) -> Any:
-    """Every trainable number moved at random, as training would."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 def test_the_view_on_the_vendors_tensors_is_the_model() -> None:

@@ -33,7 +33,7 @@ from luthier.sections import MethodSection, TrainSection
 from luthier.training.distributed import join
 from luthier.training.launch import launch
 from rows import Rows, fit, trained
-from tiny import tiny_llama
+from tiny import moved, tiny_llama
 from vendorglm import MINI, VendorGLM
 
 CPU = torch.device("cpu")
@@ -56,16 +56,6 @@ def rows(count: int) -> Rows:
 def adapted(say: Any = lambda line: None, target: Any = "query_key_value", **method: Any) -> Any:
     targets = [target] if isinstance(target, str) else target
     return attach(from_folder(MINI, torch.float32, CPU)[0], MethodSection(target=targets, r=4, **method), 1, say=say)
-
-
-def moved(model: Any) -> Any:
-    """Every trainable number moved at random, as training would."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 @torch.no_grad()
