@@ -388,3 +388,12 @@ def test_weights_without_a_filter_are_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 15 tensors of the model, the first is .*lf_gate.conv1.bias$"):
         load(folder)
+
+
+def test_the_dropout_of_the_vendors_files_is_none(tmp_path: Path) -> None:
+    """Else a run would say that it is off, and could be given back."""
+    model = load_model(MINI, ModelSection(name="mini"), torch.device("cpu"), say=lambda line: None)
+    assert model.config.dropout == 0.1 and dropout.of_base(model).names == []
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["dropout"] == 0.1 and "drops_nothing" not in saved

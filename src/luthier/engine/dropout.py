@@ -241,7 +241,7 @@ def of_base(model: nn.Module) -> BaseDropout:
     }
     own = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if module not in adapters]
     said = [place for config in _configs(module for _, module in own) for place in _drops(config)]
-    said = [place for place in said if not place[1].startswith(OTHER_HEADS)]
+    said = [one for one in said if not (one[1].startswith(OTHER_HEADS) or getattr(one[0], "drops_nothing", False))]
     names = {f"{attribute} {value:g}" for _, attribute, value in said}
     told, places = {value for *_, value in said}, list(said)
     for name, module in own:

@@ -100,6 +100,8 @@ class YuanConfig(PreTrainedConfig):  # type: ignore[misc]
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     number_of_conv_states: ClassVar[int] = 2
     """Of each layer, in the cache: the last input of either convolution."""
+    drops_nothing: ClassVar[bool] = True
+    """The vendor's files say dropout 0.1, which the vendor's code does not use."""
 
     vocab_size: int = 135_040
     hidden_size: int = 2048
