@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.errors import ModelError, RunError
 from luthier.folder import folder_atomic, write_json
@@ -43,6 +41,7 @@ from luthier.models.load import (
 )
 from luthier.models.tokenizers import save_tokenizer, vendor_tokenizer
 from luthier.models.weights import DTYPES, Weights, name_of, open_weights
+from luthier.rehearsal import bare_model
 from luthier.sections import ModelSection
 
 SHARD_BYTES = 5 * 10**9
@@ -113,7 +112,7 @@ def merge(
     root = base if kind == "lora" else adapter
     config = read_config(root)
     check_architecture(root, config, trusted=False)
-    model = _bare(root)
+    model = bare_model(root, torch.float32)
     weights = _as_named(families.as_model(open_weights(root), config), model)
     stored = _as_named(families.as_model(open_weights(base), read_config(base)), model)
     chosen = name_of(stored.dtype) if dtype == "auto" else dtype
@@ -207,16 +206,6 @@ def _low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> _Chang
 
 def _instead(tensor: Tensor) -> _Change:
     return _Change(tuple(tensor.shape), lambda _: tensor.float())
-
-
-def _bare(root: Path) -> Any:
-    """The folder's model without numbers. Errors: ModelError."""
-    families.register()
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root, local_files_only=True))
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise ModelError(f"{root}: its config.json cannot be used ({error})") from error
 
 
 def _as_named(weights: Weights, model: Any) -> Weights:

@@ -406,3 +406,11 @@ def test_a_plain_run_prints_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", PLAIN_RUN, base, tmp_path], capture_output=True, text=True, env=plain, check=False
     )
     assert (run.stdout, run.stderr, run.returncode) == ("", "", 0)
+
+
+@pytest.mark.parametrize("text", ["<html>", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
+def test_a_broken_index_of_weights_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tiny_llama(tmp_path)
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(text)
+    refused(path, "{path}/model.safetensors.index.json: not an index of weight files; download the model again")

@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _shards(index)
             missing = [shard for shard in names if not (folder / shard).is_file()]
             if missing:
                 raise ModelError(
@@ -73,6 +73,13 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(
         f"{folder}: it holds no weights (model.safetensors, its shards with their index, or pytorch_model.bin)"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index}: not an index of weight files; download the model again") from None
 
 
 def name_of(dtype: torch.dtype | str) -> str:
