@@ -26,7 +26,8 @@ LUTHIER = Path(sys.executable).parent / "luthier"
 ORDER = [
     {"errors"},
     {"sections"},
-    {"folder", "hub", "html", "quiet", "foreign", "yamlfile"},
+    {"folder", "hub", "html", "words", "quiet", "foreign", "yamlfile"},
+    {"history"},
     {"data", "vocabulary", "conflicts"},
     {"engine", "checks", "lookpage"},
     {"models"},

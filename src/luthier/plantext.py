@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from luthier.plan import Plan
-from luthier.training.room import size
+from luthier.words import size
 
 
 def lines(plan: Plan, structure: bool = False) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from luthier.engine.forward import base_of
 from luthier.models import quantize
-from luthier.training.room import size
+from luthier.words import size
 
 
 class Node(NamedTuple):

@@ -11,7 +11,8 @@ import pytest
 from luthier.folder import RunFolder
 from luthier.sections import TrainSection
 from luthier.training import monitor as module
-from luthier.training.monitor import Facts, Monitor, duration
+from luthier.training.monitor import Facts, Monitor
+from luthier.words import duration
 
 FACTS = Facts(loss=2.34561, lr=9.6e-5, grad_norm=1.234, tokens=2468, supervised=700, rows=16, passes=2, seconds=2.0)
 KEYS = ["step", "epoch", "time", "loss", "eval_loss", "lr", "grad_norm", "tokens", "supervised", "rows", "passes"]

@@ -15,7 +15,8 @@ from luthier.folder import RunFolder
 from luthier.models.adapters import save_adapter
 from luthier.sections import TrainSection
 from luthier.training import room
-from luthier.training.room import bytes_in, check_room, size, sizes
+from luthier.training.room import bytes_in, check_room, sizes
+from luthier.words import size
 from rows import fit, lora, random_rows, tiny
 from tiny import tiny_tokenizer
 

@@ -16,6 +16,7 @@ import torch
 
 from luthier.folder import RunFolder, write_atomic, write_json
 from luthier.sections import TrainSection
+from luthier.words import duration
 
 GIB = 1024**3
 
@@ -146,16 +147,6 @@ class Monitor:
             return "–"
         pace = (time.monotonic() - self.began) / (self.step - self.since)
         return duration(pace * (self.steps - self.step))
-
-
-def duration(seconds: float) -> str:
-    """12 s, 4 min 10 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _json_line(line: dict[str, Any]) -> str:

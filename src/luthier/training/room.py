@@ -13,6 +13,7 @@ from torch import nn
 from luthier.errors import RunError
 from luthier.folder import RunFolder
 from luthier.sections import TrainSection
+from luthier.words import size
 
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "lion_8bit": 1 + 4 / 256}
 """Bytes that an optimizer keeps for each number that trains: fp32, or 8 bits with an fp32 scale for each 256."""
@@ -96,8 +97,3 @@ def sizes(
 def bytes_in(folder: Path) -> int:
     """Of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def size(count: int) -> str:
-    """Bytes in words: 12.3 MiB, 1.4 GiB."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
