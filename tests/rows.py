@@ -127,6 +127,7 @@ def fit(
     write: Callable[[Path], None] | None = None,
     world: World | None = None,
     proof: bool = True,
+    ask: Any = None,
 ) -> Outcome:
     """Train in the run folder `path`, in the order of data seed 7."""
     world = world or World.alone(torch.device("cpu"))
@@ -146,6 +147,7 @@ def fit(
         world=world,
         resume=resume,
         proof=proof,
+        ask=ask and (lambda most: ask(most) or []),
     )
 
 

@@ -270,12 +270,12 @@ def test_one_process_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "stands"), [("_trained", "no checkpoint yet"), ("_write_samples", "it is trained to its end")]
+    ("place", "stands"), [("_trained", "no checkpoint yet"), ("_say_samples", "it is trained to its end")]
 )
 def test_ctrl_c_beside_the_steps_says_what_there_is(
     here: Path, monkeypatch: pytest.MonkeyPatch, place: str, stands: str
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     said: Said = []
@@ -330,7 +330,10 @@ def best_is_step_2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sampled(run: Run) -> list[str]:
-    return [json.loads(line)["reply"] for line in run.folder.samples.read_text().splitlines()]
+    """Of the step whose weights are saved."""
+    assert run.outcome is not None
+    lines = [json.loads(line) for line in run.folder.samples.read_text().splitlines()]
+    return [line["reply"] for line in lines if line["step"] == run.outcome.best_step]
 
 
 def test_samples_come_from_the_adapter_that_was_saved(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,8 +356,8 @@ def test_where_base_weights_train_they_are_let_go_before_what_was_saved_is_loade
     write_recipe(here, model={"name": "./half"}, method=method)
     best_is_step_2(monkeypatch)
     kept: list[Any] = []
-    build = luthier.run._workbench
-    monkeypatch.setattr(luthier.run, "_workbench", lambda *parts: kept.append(build(*parts)) or kept[0])
+    build = luthier.run.workbench
+    monkeypatch.setattr(luthier.run, "workbench", lambda *parts: kept.append(build(*parts)) or kept[0])
 
     def watched(run: Run) -> Any:
         kept.append({value.device.type for value in kept[0].model.parameters()})

@@ -65,6 +65,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file's value; None where it is not there, or no JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def folder_atomic(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target`; when the block ends well it becomes `target`, else it is removed.
@@ -144,7 +152,7 @@ class RunFolder:
                 self._clear()
                 yield
         except Timeout:
-            status = json.loads(self.status.read_text("utf-8")) if self.status.is_file() else {}
+            status = read_json(self.status)
             who = f"another process (pid {status['pid']} by status.json)" if status else "another process"
             raise RunError(f"{self.path} is being trained by {who}; wait for it, or end it") from None
 
@@ -152,7 +160,7 @@ class RunFolder:
         """How far a run that broke off has come, and what goes on with it; without torch."""
         steps = [int(path.name[5:]) for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
         there = f"newest checkpoint: step {max(steps)}" if steps else "no checkpoint yet"
-        if self.status.is_file() and json.loads(self.status.read_text("utf-8"))["state"] == "done":
+        if (read_json(self.status) or {}).get("state") == "done":
             there = "it is trained to its end"
         return f"{there}; go on with: luthier train {self.shown} --resume"
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier.folder import RunFolder
+from luthier.folder import RunFolder, read_json
 
 State = Literal["running", "done", "stopped", "failed", "dead"]
 
@@ -138,7 +138,7 @@ class History:
         if "seconds" not in self.status:
             return None
         ticking = self.now - self.status["time"] if self.state == "running" else 0.0
-        return float(self.status["seconds"]) + max(0.0, ticking)
+        return float(self.status["seconds"] + max(0.0, ticking))
 
     @property
     def left(self) -> float | None:
@@ -146,7 +146,7 @@ class History:
         told = self.status.get("left")
         if told is None or self.state != "running":
             return None
-        return max(0.0, float(told) - (self.now - self.status["time"]))
+        return max(0.0, float(told - (self.now - self.status["time"])))
 
 
 class Follower:
@@ -170,12 +170,11 @@ def read_history(folder: RunFolder, now: float | None = None) -> History:
     return Follower(folder).look(now)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value; None where it is not there, or is no JSON."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines, up to the one, if any, that a killed run left half written; none where it is not there."""
+    file = Growing(path)
+    file.refresh()
+    return file.lines
 
 
 def is_alive(status: dict[str, Any], now: float) -> bool:

@@ -99,6 +99,15 @@ def prompt_ids(encoder: Encoder, prompt: Prompt, section: GenerateSection) -> li
     return encoder.prompt(prompt, raw=encoder.template.raw if section.raw is None else section.raw)
 
 
+def sampled(loaded: Loaded, prompts: Sequence[Prompt], section: GenerateSection) -> list[dict[str, Any]]:
+    """Its replies as samples.jsonl has them, but for their step."""
+    replies = loaded.answer(prompts, section)
+    return [
+        {"prompt": prompt, "reply": reply.text, "stopped": reply.stopped}
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+
+
 # -- how its prompts are written -------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,6 @@ from luthier.models.load import (
 from luthier.models.weights import DTYPES, name_of, open_weights
 from luthier.recipe import load_recipe
 from luthier.rehearsal import Rehearsal, bare_model, rehearse
-from luthier.run import check_vocabulary, check_window, held, with_precision
 from luthier.sections import Quantization, Recipe, TrainSection
 from luthier.structure import structure
 from luthier.training.budget import SHARE, TOKENS_PER_PASS
@@ -50,6 +49,7 @@ from luthier.training.optim import peak_lr
 from luthier.training.room import ENTRIES, ENTRY, GENERATORS
 from luthier.training.start import SHARE as PROOF_SHARE
 from luthier.training.start import autocast_dtype
+from luthier.workbench import check_vocabulary, check_window, held, with_precision
 
 if TYPE_CHECKING:
     from luthier.data.prepare import Data

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,20 +14,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import ModelError, RunError
+from luthier.errors import RunError
 from luthier.folder import RunFolder, write_atomic, write_json
-from luthier.loaded import Loaded, Prompt, Say, answering, load_data, load_encoder, prompt_ids, ready, write_note
+from luthier.history import read_lines
+from luthier.loaded import (
+    Loaded,
+    Prompt,
+    Say,
+    answering,
+    load_encoder,
+    ready,
+    sampled,
+    write_note,
+)
 from luthier.quiet import quiet
-from luthier.recipe import load_prompts, load_recipe, run_name, save_recipe
-from luthier.resume import check_same_data, resume_from, today_of, wanted
-from luthier.sections import ModelSection, Recipe, TrainSection
-from luthier.training.launch import launch, launched, tell_run
+from luthier.recipe import load_recipe, run_name, save_recipe
+from luthier.resume import resume_from, today_of, wanted
+from luthier.sections import Recipe
+from luthier.training.launch import launch, launched, tell_run, watched
+from luthier.workbench import Workbench, held, workbench
 
 if TYPE_CHECKING:
     from luthier.compare import Comparison
-    from luthier.data.batches import Order
-    from luthier.data.encode import Encoder
-    from luthier.data.prepare import Data
     from luthier.merge import MergeReport
     from luthier.training.distributed import World
     from luthier.training.outcome import Outcome
@@ -75,17 +82,20 @@ def train(
     resume: bool = False,
     proof: bool = True,
     say: Say = print,
+    watch: Callable[[Path], None] | None = None,
 ) -> Run:
     """Carry a recipe to a trained adapter; with `resume`, a run folder (or the recipe of one) to its end.
 
     Where `train.devices` names several, it runs in a process for each; without `proof` the engine is not held against
-    the reference before step 1. Errors: RecipeError, DataError, ModelError and HubError before anything is written;
+    the reference before step 1. `watch` is told the run's folder once it is there, and shows the steps itself: no
+    lines are said of them. Errors: RecipeError, DataError, ModelError and HubError before anything is written;
     RunError while it trains, or where another process trains that run.
     """
     chosen, begun = wanted(Path(recipe), overrides, resume)
     devices = chosen.train.devices
     if isinstance(devices, list) and len(devices) > 1 and not launched():
-        return launch(partial(train, resume=resume, proof=proof), (recipe, overrides), len(devices), say)
+        call = partial(train, resume=resume, proof=proof, watch=watch and watched)
+        return launch(call, (recipe, overrides), len(devices), say, watch)
 
     from luthier.training.distributed import join
 
@@ -94,17 +104,19 @@ def train(
         say = say if world.leads else lambda _: None
         if begun is not None and world.leads:
             held.enter_context(begun.locked())
-        bench = _workbench(chosen, begun, world, say)
+        bench = workbench(chosen, begun, world, say)
         folder = world.share(_recorded(begun, run_name(chosen, Path(recipe)), bench, held) if world.leads else None)
         assert folder is not None
         held.enter_context(_interrupted(folder, say))
         say(f"run: {folder.path}")
+        if watch is not None:
+            watch(folder.path)
         checkpoint = resume_from(folder, say) if begun else None
         if checkpoint is not None and not proof:
             say("resume: the proof belongs to a run's start: --no-proof changes nothing")
-        run = Run(folder, chosen, _trained(folder, bench, world, checkpoint, proof, say))
+        run = Run(folder, chosen, _trained(folder, bench, world, checkpoint, proof, say, shown=watch is None))
         if world.leads and run.outcome is not None and run.outcome.stopped is None:
-            _write_samples(run, bench, say)
+            _say_samples(run, bench, say)
     return run
 
 
@@ -136,134 +148,11 @@ def result_folder(run: Run) -> Path:
     return folder
 
 
-# -- before training: what cannot be right is refused here -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """What a run is trained with, loaded and checked. stored: the number format of the base's weights as loaded."""
-
-    recipe: Recipe
-    section: TrainSection
-    model: Any
-    stored: Any
-    tokenizer: Any
-    encoder: Encoder
-    data: Data
-    order: Order
-    prompts: list[Prompt]
-
-
-def _workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -> Workbench:
-    from luthier.data.batches import order_of
-    from luthier.generate import check_prompts
-    from luthier.models.adapters import attach
-    from luthier.models.load import footprint, idle_gpus, load_model
-    from luthier.models.quantize import check_extras
-    from luthier.training.optim import peak_lr
-    from luthier.training.start import autocast_dtype
-
-    check_extras(recipe)
-    rate = peak_lr(recipe.train, recipe.method.kind)
-    path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
-    _check_before_data(path, recipe)
-    prompts = list[Prompt](load_prompts(recipe.generate))
-    ids = [prompt_ids(encoder, prompt, recipe.generate) for prompt in prompts]
-    data = load_data(recipe, encoder, say)
-    if begun is not None:
-        check_same_data(begun, data.report)
-    order = order_of(data.train_sources, recipe.data.seed, recipe.train.batch)
-    if idle := idle_gpus(recipe.train.devices):
-        say(idle)
-    model = load_model(path, held(recipe, world.device), world.device, say=say)
-    say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
-    check_vocabulary(model, data, path)
-    check_window(model, data, path)
-    check_prompts(model, ids, recipe.generate)
-    stored = model.dtype
-    model = attach(model, recipe.method, recipe.train.seed, say=say, revision=recipe.model.revision)
-    section = with_precision(recipe.train, stored, model.dtype, world.device.type, say)
-    autocast_dtype(model, section)
-    _say_rate(recipe, rate, say)
-    return Workbench(recipe, section, model, stored, tokenizer, encoder, data, order, prompts)
-
-
-def _check_before_data(path: Path, recipe: Recipe) -> None:
-    """What the configuration alone tells to be wrong, before rows are encoded and weights are read. Errors: ModelError.
-
-    A target that matches nothing, say: the method is tried on the model without its numbers.
-    """
-    import torch
-
-    from luthier.models.adapters import attach
-    from luthier.models.load import check_architecture, read_config
-    from luthier.models.quantize import quantization
-    from luthier.rehearsal import bare_model
-
-    native = check_architecture(path, read_config(path), recipe.model.trust_vendor_code)
-    if native and recipe.method.kind != "full":
-        bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
-        attach(bare, recipe.method, recipe.train.seed, say=lambda _: None)
-
-
-def check_vocabulary(model: Any, data: Data, path: Path) -> None:
-    """Errors: ModelError where the tokenizer gives an id that the model has no embedding for."""
-    there = model.get_input_embeddings().num_embeddings
-    largest = max(part.largest_id() for part in (data.train, data.eval) if part is not None)
-    if largest >= there:
-        raise ModelError(
-            f"{path}: its tokenizer gives id {largest:,}, and the model has embeddings for {there:,} tokens only; "
-            "the two do not belong together, or a token was added to the tokenizer alone"
-        )
-
-
-def check_window(model: Any, data: Data, path: Path) -> None:
-    """Errors: ModelError where a row is longer than the model reads: it knows no positions beyond its window."""
-    from luthier.models.load import window_of
-
-    window = window_of(model) or math.inf
-    for part in (part for part in (data.train, data.eval) if part is not None):
-        longest = int(part.lengths.argmax())
-        if part.lengths[longest] > window:
-            raise ModelError(
-                f"{part.origin(longest)} has {part.lengths[longest]:,} tokens, and {path} reads {window:,} "
-                f"(max_position_embeddings); set data.max_length: {window}"
-            )
-
-
-def held(recipe: Recipe, device: Any) -> ModelSection:
-    """Under train.precision: fp16 a GPU holds frozen weights so as well, unless the recipe names another format."""
-    method, fp16 = recipe.method, recipe.train.precision == "fp16" and device.type == "cuda"
-    frozen = method.kind != "full" and method.bias == "none" and not method.modules_to_save
-    if fp16 and frozen and recipe.model.dtype == "auto":
-        return recipe.model.model_copy(update={"dtype": "fp16"})
-    return recipe.model
-
-
-def with_precision(section: TrainSection, stored: Any, dtype: Any, device: str, say: Say) -> TrainSection:
-    """auto follows the checkpoint's format, also where the weights were turned to fp32 because they train."""
-    if section.precision == "fp16" and device == "cpu":
-        say("train.precision: fp16 is for GPUs; a CPU computes in bf16 instead")
-        return section.model_copy(update={"precision": "bf16"})
-    if section.precision != "auto" or str(stored) != "torch.bfloat16" or dtype == stored:
-        return section
-    say("train.precision: auto is bf16, the checkpoint's format (by autocast: the weights that train stay fp32)")
-    return section.model_copy(update={"precision": "bf16"})
-
-
-def _say_rate(recipe: Recipe, rate: float, say: Say) -> None:
-    from luthier.training.optim import default_lr
-
-    if recipe.train.lr == "auto":
-        _, why = default_lr(recipe.method.kind, recipe.train.optimizer)
-        say(f"train.lr: auto is {rate:g} for {recipe.method.kind}: {why}")
-
-
 # -- training, and what is left of it --------------------------------------------------------------------------------
 
 
 def _trained(
-    folder: RunFolder, bench: Workbench, world: World, checkpoint: Path | None, proof: bool, say: Say
+    folder: RunFolder, bench: Workbench, world: World, checkpoint: Path | None, proof: bool, say: Say, *, shown: bool
 ) -> Outcome:
     from luthier.models.load import pad_id
     from luthier.training.loop import train as train_loop
@@ -278,11 +167,12 @@ def _trained(
         folder,
         pad_id=pad_id(bench.tokenizer),
         write=lambda target: _write_result(target, bench),
-        monitor=Monitor(folder, bench.section, say, writes=world.leads),
+        monitor=Monitor(folder, bench.section, say, writes=world.leads, shown=shown),
         say=say,
         world=world,
         resume=checkpoint,
         proof=proof,
+        ask=partial(_replies, bench),
     )
 
 
@@ -347,17 +237,47 @@ def _write_result(target: Path, bench: Workbench) -> None:
     write_note(target, bench.encoder, bench.recipe.data)
 
 
-def _write_samples(run: Run, bench: Workbench, say: Say) -> None:
-    """The tuned model's replies to the recipe's prompts, into samples.jsonl."""
-    if not bench.prompts:
+def _replies(bench: Workbench, most: int | None) -> list[dict[str, Any]]:
+    """What the model in training answers to the recipe's prompts, as samples.jsonl has it.
+
+    With `most` tokens an answer it is a trial: where the recipe asks nothing, the beginning of a row is gone on with.
+    """
+    from luthier.generate import generate
+
+    section = bench.recipe.generate
+    if most is not None:
+        section = section.model_copy(update={"max_new_tokens": most, "max_length": None})
+    if bench.prompts:
+        return sampled(ready(bench.model, bench.tokenizer, bench.encoder), bench.prompts, section)
+    if most is not None:
+        generate(bench.model, bench.tokenizer, [bench.data.train[0].ids[:8].tolist()], section, [])
+    return []
+
+
+def _say_samples(run: Run, bench: Workbench, say: Say) -> None:
+    """What the saved model answers: as it did at its step's evaluation, or, where it is another now, asked again."""
+    if not bench.prompts or run.outcome is None:
         return
-    replies = _saved(run, bench).answer(bench.prompts, run.recipe.generate)
-    lines = []
-    for prompt, reply in zip(bench.prompts, replies, strict=True):
-        line = {"step": run.outcome.steps if run.outcome else None, "prompt": prompt, "reply": reply.text}
-        lines.append(json.dumps({**line, "stopped": reply.stopped}, ensure_ascii=False) + "\n")
-        say(f"sample: {_one_line(prompt)} → {_one_line(reply.text)}")
-    write_atomic(run.folder.samples, "".join(lines))
+    step = run.outcome.best_step or run.outcome.steps
+    lines = read_lines(run.folder.samples)
+    here = [line for line in lines if line["step"] == step]
+    if not here or not _as_trained(run, bench):
+        asked = sampled(_saved(run, bench), bench.prompts, run.recipe.generate)
+        here = [{"step": step, **line} for line in asked]
+        others = [line for line in lines if line["step"] != step]
+        kept = sorted([*others, *here], key=lambda line: int(line["step"]))
+        write_atomic(run.folder.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    for line in here:
+        say(f"sample: {_one_line(line['prompt'])} → {_one_line(line['reply'])}")
+
+
+def _as_trained(run: Run, bench: Workbench) -> bool:
+    """Is the saved model, as it will answer, the one that trained? Not in another format, nor quantised otherwise."""
+    from luthier.models.quantize import quantization
+
+    trained, asked = run.recipe.model, answering(run.recipe.model, run.recipe.generate)
+    alike = quantization(trained.quantize) == quantization(asked.quantize)
+    return bool(run.recipe.method.kind != "full" and bench.model.dtype == bench.stored and alike)
 
 
 def _saved(run: Run, bench: Workbench) -> Loaded:
@@ -367,11 +287,9 @@ def _saved(run: Run, bench: Workbench) -> Loaded:
     loaded, in the format that it will have.
     """
     from luthier.models.adapters import fill_adapter
-    from luthier.models.quantize import let_go, quantization
+    from luthier.models.quantize import let_go
 
-    trained, asked = run.recipe.model, answering(run.recipe.model, run.recipe.generate)
-    alike = quantization(trained.quantize) == quantization(asked.quantize)
-    if run.recipe.method.kind != "full" and bench.model.dtype == bench.stored and alike:
+    if _as_trained(run, bench):
         fill_adapter(bench.model, result_folder(run))
         return ready(bench.model, bench.tokenizer, bench.encoder)
     let_go(bench.model)

@@ -117,7 +117,8 @@ def test_answers_may_be_quantised_otherwise_and_a_merge_tells_what_quantisation_
     status, trained, error = luthier("train", "town.yaml", *changes, "--no-proof")
     assert status == 0, error
     assert "linear layers in int8" not in trained
-    replies = [json.loads(line)["reply"] for line in (place / "runs/other/samples.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (place / "runs/other/samples.jsonl").read_text().splitlines()]
+    replies = [line["reply"] for line in lines if line["step"] == 3]
     asked = [part for prompt in ("Where is 7?", "你好，谁？") for part in ("--prompt", prompt)]
     said = luthier("generate", "runs/other", "--json", *asked)
     assert "linear layers in int8" in said[2]

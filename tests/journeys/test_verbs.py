@@ -44,9 +44,9 @@ def test_a_run_leaves_what_the_design_says(trained: Path) -> None:
     }
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{n:06d}" for n in (4, 6, 8)]
     assert json.loads((run / "status.json").read_text())["state"] == "done"
-    assert [json.loads(line)["prompt"] for line in (run / "samples.jsonl").read_text().splitlines()] == [
-        "Where is 7?",
-        "你好，谁？",
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in samples] == [
+        (step, prompt) for step in (0, 4, 8) for prompt in ("Where is 7?", "你好，谁？")
     ]
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["weight_decay"] == 0.0
     assert "next: luthier compare runs/town" in (trained / "train.txt").read_text()

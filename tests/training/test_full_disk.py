@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,9 +149,8 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(
     assert_whole(run)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "status.json"])
-def test_a_disk_that_fills_up_while_a_line_is_written(small_disk: Path, tmp_path: Path, name: str) -> None:
-    """No checkpoint is due: it is the metrics, or a second later the heartbeat, that finds the disk full."""
+def test_a_disk_that_fills_up_while_a_line_is_written(small_disk: Path, tmp_path: Path) -> None:
+    """No checkpoint is due: it is the metrics that find the disk full. The heartbeat would, too, and keeps quiet."""
     run, section = small_disk / "run", {"steps": 36, "save_every": 5, "eval_every": 36}
     metrics = run / "metrics.jsonl"
 
@@ -162,16 +160,13 @@ def test_a_disk_that_fills_up_while_a_line_is_written(small_disk: Path, tmp_path
         if step is None or int(step[1]) < 6 or (small_disk / "other").exists():
             return
         room, width = -metrics.stat().st_size % 4096, len(metrics.read_text().splitlines()[-1])
-        if name == "metrics.jsonl" and room < width - 20:
+        if room < width - 20:
             fill(small_disk, 0)
-        if name == "status.json" and room > 2 * width:
-            fill(small_disk, 0)
-            time.sleep(1)
 
     with pytest.raises(RunError, match=r"no room left on the disk; last good checkpoint: \S+/step-\d+; free some"):
         train(run, say, **section)
     assert_whole(run)
-    assert metrics.read_text().endswith("}\n") == (name == "status.json")  # else the line was cut off
+    assert not metrics.read_text().endswith("}\n")  # the line was cut off
     assert json.loads((run / "status.json").read_text())["state"] == "running"  # the disk takes no last word either
     free(small_disk)
     train(run, **section)

@@ -40,7 +40,7 @@ DURING = {
     "the writing of the best adapter": r"(?<!/save)/(folder_atomic|save_adapter): ",
     "the exchange of the best adapter": r"target\.replace\(old\) → \S+: temporary\.replace",
     "the making of metrics.jsonl": r"/begin/write_atomic: ",
-    "the writing of the last status.json": r"/end/_status/write_json/write_atomic: ",
+    "the writing of the last status.json": r"/end/end/write_json/write_atomic: ",
 }
 """What a process does when it is killed, as its line, or the line before it and its own, tell."""
 BETWEEN = {
@@ -189,9 +189,12 @@ def test_an_adapter_that_was_moved_aside_comes_back(processes: Processes, straig
 
 @pytest.mark.parametrize("file", ["save_file", "write_json"])
 def test_killed_in_the_middle_of_a_file(processes: Processes, straight: Straight, tmp_path: Path, file: str) -> None:
-    """The system ends the process (SIGXFSZ) when state.safetensors or state.json of step 6 would pass 20,000 bytes."""
+    """The system ends the process (SIGXFSZ) when state.safetensors or state.json of step 6 would pass 20,000 bytes.
+
+    Two were written before it: the preflight's and that of step 3.
+    """
     run = tmp_path / "run"
-    moment = [count for count, place in enumerate(straight.places, 1) if f"/save: {file}(" in place][1]
+    moment = [count for count, place in enumerate(straight.places, 1) if f"/save: {file}(" in place][2]
     assert processes(Job(str(run), moment=moment, torn=20_000)) == -signal.SIGXFSZ
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-000003"]
     begun = [path for path in (run / "checkpoints").glob(".step-000006.*/*") if path.name.startswith(".")]

@@ -100,13 +100,19 @@ class Heard:
         return f"; {RunFolder(self.run).standing()}" if self.run else ""
 
 
-def launch(call: Callable[..., Result], arguments: tuple[Any, ...], count: int, say: Say) -> Result:
+def launch(
+    call: Callable[..., Result],
+    arguments: tuple[Any, ...],
+    count: int,
+    say: Say,
+    watch: Callable[[Path], None] | None = None,
+) -> Result:
     """Run `call(*arguments, say=…)` in `count` new processes; gives back what it gives back in the first of them.
 
-    Only the first one's lines come to `say`. All of it goes through pickle: `call` by its module and name. A signal
-    of STOPS is passed on to all, once, and waited for without limit; a second one ends everything. When one process
-    fails the others are ended, and when this one dies they die. Errors: the LuthierError or OSError that the first
-    process to fail ended with; RunError where one was killed.
+    Only the first one's lines come to `say`, and the folder of its run to `watch`. All of it goes through pickle: `call`
+    by its module and name. A signal of STOPS is passed on to all, once, and waited for without limit; a second one ends
+    everything. When one process fails the others are ended, and when this one dies they die. Errors: the LuthierError or
+    OSError that the first process to fail ended with; RunError where one was killed.
     """
     port, workers, heard = _free_port(), list[Worker](), Heard()
     try:
@@ -117,7 +123,7 @@ def launch(call: Callable[..., Result], arguments: tuple[Any, ...], count: int, 
             for worker in workers:
                 with suppress(ConnectionError):  # it ended while it started: _listen tells how
                     worker.line.send((call, arguments))
-            _listen(workers, signals, say, heard)
+            _listen(workers, signals, say, watch, heard)
     except KeyboardInterrupt:  # the second one
         _say_interrupted(heard, say)
         raise
@@ -225,7 +231,9 @@ def _passing_on(workers: list[Worker]) -> Iterator[list[int]]:
         restore()
 
 
-def _listen(workers: list[Worker], signals: list[int], say: Say, heard: Heard) -> None:
+def _listen(
+    workers: list[Worker], signals: list[int], say: Say, watch: Callable[[Path], None] | None, heard: Heard
+) -> None:
     """Until all have ended: what they tell is said, or kept in `heard`."""
     there = {worker.line: worker for worker in workers}
     deadline = math.inf
@@ -240,6 +248,8 @@ def _listen(workers: list[Worker], signals: list[int], say: Say, heard: Heard) -
                 say(value)
             elif kind == "run":
                 heard.run = value
+                if watch is not None:
+                    watch(value)
             elif kind == "done":
                 heard.results.append(value)
             elif kind == "failed":
@@ -275,14 +285,24 @@ def work() -> None:
     call, arguments = line.recv()
     _lines.append(line)
     threading.Thread(target=_die_with, args=(line,), daemon=True).start()
-    first = rank() == 0
+    first, turn = rank() == 0, threading.Lock()
+
+    def say(text: str) -> None:
+        if first:
+            with turn:  # a run's pulse speaks from a thread of its own
+                line.send(("said", text))
+
     try:
-        result = call(*arguments, say=lambda text: line.send(("said", text)) if first else None)
+        result = call(*arguments, say=say)
     except (LuthierError, OSError) as error:
         line.send(("failed", _portable(error)))  # and status 0: another one means that nothing could be told
     else:
         if first:
             line.send(("done", result))
+
+
+def watched(path: Path) -> None:
+    """What a worker does with the folder of a run that is shown from its launcher, which knows it by `tell_run`."""
 
 
 def tell_run(path: Path) -> None:

@@ -29,7 +29,8 @@ from luthier.training.guard import CHECKED, Movement, clear_when_full, not_finit
 from luthier.training.monitor import Facts, Monitor
 from luthier.training.optim import lr_factor, make_optimizer, peak_lr, set_lr, warmup_steps
 from luthier.training.outcome import Outcome
-from luthier.training.room import check_room
+from luthier.training.preflight import Preflight
+from luthier.training.room import check_room, moments
 from luthier.training.scale import doubled, halved, unscale
 from luthier.training.scale import first as first_scale
 from luthier.training.start import autocast_dtype, base_dropout, choose_route, computes_in_fp16, recompute_activations
@@ -37,6 +38,9 @@ from luthier.training.start import autocast_dtype, base_dropout, choose_route, c
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
     from luthier.data.prepare import Data
+
+Ask = Callable[[int | None], list[dict[str, Any]]]
+"""The model's replies to the recipe's prompts, of so many tokens at most (None: of the recipe's own number)."""
 
 
 def train(
@@ -54,12 +58,14 @@ def train(
     world: World,
     resume: Path | None = None,
     proof: bool = True,
+    ask: Ask | None = None,
 ) -> Outcome:
     """Train those parameters of `model` that require a gradient; leave the best, or last, in the run folder.
 
     `kind` is the method's; `write` puts the adapter or model into the folder that it is given; `world` is the
     processes that train together, of which the first writes; `resume` is a checkpoint; without `proof` only the loss
-    of two rows is compared before step 1.
+    of two rows is compared before step 1; `ask` gives the model's replies to the recipe's prompts, as samples.jsonl
+    has them, of so many tokens at most (None: of the recipe's).
     Errors: RecipeError where precision or rates cannot be; RunError where the run had to stop (guard.py).
     """
     with (
@@ -70,22 +76,28 @@ def train(
         stoppable() as stop,
         dropout.keyed(model, section.seed) as dropping,
     ):
-        training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, world, resume)
+        training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, world, resume, ask)
         training.settle(resume is None, dropping, proof)
         state, held_out = training.state, data.eval
         stopped = stop.signal if world.size == 1 else None
-        if held_out is not None and state.step == 0:
-            monitor.record(None, training.evaluate(held_out))
+        if state.step == 0:
+            if held_out is not None:
+                monitor.record(None, training.evaluate(held_out))
+            training.sample()
+        monitor.enter("training")
         while state.step < training.steps and not training.had_enough() and stopped is None:
             facts, stopped = training.step(stop.signal)
             if world.size == 1:  # several have agreed on it before the step
                 stopped = stop.signal
-            eval_loss = None
-            if held_out is not None and training.due(section.eval_every):
+            looks, eval_loss = training.due(section.eval_every), None
+            if held_out is not None and looks:
                 eval_loss = training.evaluate(held_out)
             monitor.record(facts, eval_loss)
+            if looks:
+                training.sample()
             if training.due(section.save_every) or training.had_enough() or stopped is not None:
                 training.save_checkpoint()
+            monitor.enter("training")
         return training.finish(stopped)
 
 
@@ -108,10 +120,11 @@ class Training:
         say: Callable[[str], None],
         world: World,
         resume: Path | None,
+        ask: Ask | None,
     ) -> None:
         self.model, self.data, self.order, self.section, self.world = model, data, order, section, world
         self.folder, self.pad_id, self.write, self.monitor, self.say = folder, pad_id, write, monitor, say
-        self.kind, self.best = kind, folder.model if kind == "full" else folder.adapter
+        self.ask, self.kind, self.best = ask, kind, folder.model if kind == "full" else folder.adapter
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)
         self.warmup = warmup_steps(section, self.steps)
@@ -124,7 +137,7 @@ class Training:
         self.movement = Movement(self.parameters, self.optimizer, self.state.step, self.warmup, say)
         if self.steps < CHECKED:
             say(f"not checked that every trainable tensor moves: that takes {CHECKED} steps")
-        lines = monitor.begin(self.state.step, self.steps, order.steps_per_epoch)
+        lines = monitor.begin(self.state.step, self.steps, order.steps_per_epoch, self.state.seconds)
         self.losses = [line["loss"] for line in lines if line["loss"] is not None]
         self.evals = [(line["step"], line["eval_loss"]) for line in lines if line["eval_loss"] is not None]
         self.began = time.monotonic() - self.state.seconds
@@ -183,8 +196,16 @@ class Training:
             state.asked = state.tokens_per_pass = section.tokens_per_pass
             for line in longer(section.tokens_per_pass, examples):
                 self.say(line)
-        if self.world.leads and state.step < self.steps:
-            check_room(
+        if state.step < self.steps:
+            self.preflight()
+
+    def preflight(self) -> None:
+        """Is there room, in memory and on the disk, for all that comes?"""
+        state, section, leads = self.state, self.section, self.world.leads
+        self.monitor.enter("preflight")
+        disk = ""
+        if leads:
+            disk = check_room(
                 self.folder,
                 self.model,
                 self.parameters,
@@ -194,6 +215,17 @@ class Training:
                 self.steps,
                 self.order.steps_per_epoch,
             )
+        tried = Preflight(self.gradients)
+        reserved = 0 if self.optimizer.state else moments(self.parameters, section.optimizer)
+        state.tokens_per_pass = tried.passes(self.data.train, section.batch, state.tokens_per_pass, reserved, self.say)
+        if self.data.eval is not None:
+            tried.evaluation(self.model, self.data.eval, state.tokens_per_pass)
+        generators = self.world.gather(checkpoint.generators(self.world.device))
+        if leads:
+            tried.checkpoint(self.folder.path, lambda folder: self.save(folder, generators))
+            if self.ask is not None:
+                tried.answer(self.ask)
+            self.say(tried.line(disk))
 
     def due(self, every: int | Literal["epoch"]) -> bool:
         """Is this the step for it? The last one always is."""
@@ -264,6 +296,7 @@ class Training:
 
     def evaluate(self, examples: Examples) -> float:
         """Mean loss over the supervised tokens of the eval rows; the best after step 0 so far is saved."""
+        self.monitor.enter("evaluating")
         self.model.eval()
         loss = self.gradients.mean_loss(examples, self.state.tokens_per_pass)
         if not math.isfinite(loss):
@@ -291,13 +324,22 @@ class Training:
             with folder_atomic(self.best) as target:
                 self.write(target)
 
+    def sample(self) -> None:
+        """The recipe's prompts, asked the model as it stands, by the first process alone."""
+        if self.ask is None or not self.world.leads:
+            return
+        self.monitor.enter("sampling")
+        self.monitor.record_samples([{"step": self.state.step, **line} for line in self.ask(None)])
+
     def save_checkpoint(self) -> None:
+        self.monitor.enter("saving")
         generators = self.world.gather(checkpoint.generators(self.world.device))
         if self.world.leads:
-            keep = self.section.keep
-            checkpoint.save(
-                self.folder.checkpoints, self.write, self.parameters, self.optimizer, self.state, keep, generators
-            )
+            self.save(self.folder.checkpoints, generators)
+
+    def save(self, checkpoints: Path, generators: list[checkpoint.Generators]) -> None:
+        keep = self.section.keep
+        checkpoint.save(checkpoints, self.write, self.parameters, self.optimizer, self.state, keep, generators)
 
     def finish(self, stopped: int | None) -> Outcome:
         """Save the last where there is no best, and say how it ended."""

@@ -1,21 +1,24 @@
-"""One stream of facts → metrics.jsonl, status.json and a plain line for the screen."""
+"""One stream of facts → metrics.jsonl, status.json (pulse.py), a plain line for the screen, and trackers."""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import psutil
 import torch
 
-from luthier.folder import RunFolder, write_atomic, write_json
+from luthier.folder import RunFolder, write_atomic
+from luthier.history import RECENT, read_lines, usual_step
 from luthier.sections import TrainSection
+from luthier.training.pulse import Phase, Pulse
 from luthier.words import duration
 
 GIB = 1024**3
@@ -35,41 +38,74 @@ class Facts:
     seconds: float
 
 
+class Tracked(Protocol):
+    """Where a run is followed from elsewhere (trackers.py): it gets what the run's own files get, and never fails."""
+
+    def log(self, line: dict[str, Any]) -> None: ...
+    def samples(self, lines: list[dict[str, Any]]) -> None: ...
+    def end(self, state: str) -> None: ...
+
+
 class Monitor:
     """Reports a run. `time` is seconds since 1970; `memory_gib` the peak so far, on the GPU where there is one.
 
     A line of metrics.jsonl has every key, null where a step has no such fact; step 0 has an eval loss only.
-    Of several processes that train together one alone `writes`.
+    Of several processes that train together one alone `writes`. Where a panel shows the folder, steps are not `shown`.
     """
 
     def __init__(
-        self, folder: RunFolder, section: TrainSection, say: Callable[[str], None], *, writes: bool = True
+        self,
+        folder: RunFolder,
+        section: TrainSection,
+        say: Callable[[str], None],
+        *,
+        writes: bool = True,
+        shown: bool = True,
+        gpus: Callable[[], list[dict[str, Any]] | None] = lambda: None,
+        trackers: Tracked | None = None,
     ) -> None:
-        self.folder, self.log_every, self.say, self.writes = folder, section.log_every, say, writes
+        self.folder, self.log_every, self.say, self.writes, self.shown = folder, section.log_every, say, writes, shown
+        self.pulse = Pulse(folder.status, say, gpus, writes=writes)
+        self.trackers = trackers
         self.first = self.since = self.step = self.steps = 0
         self.steps_per_epoch = 1
-        self.began = self.beaten = 0.0
+        self.spent, self.started, self.began = 0.0, time.monotonic(), 0.0
+        self.took: deque[float] = deque(maxlen=RECENT)
 
-    def begin(self, step: int, steps: int, steps_per_epoch: int) -> list[dict[str, Any]]:
-        """Start at `step` of `steps`; metrics.jsonl is cut back to it. Gives back the lines that it keeps."""
+    def begin(self, step: int, steps: int, steps_per_epoch: int, spent: float = 0.0) -> list[dict[str, Any]]:
+        """Start at `step` of `steps`, after `spent` seconds; metrics.jsonl and samples.jsonl are cut back to it.
+
+        Gives back the lines of metrics.jsonl that it keeps.
+        """
         self.first, self.step, self.steps, self.steps_per_epoch = step, step, steps, steps_per_epoch
-        self.since, self.began = step, time.monotonic()
-        lines = [line for line in self._lines() if step > 0 and line["step"] <= step]
+        self.since, self.began, self.spent = step, time.monotonic(), spent
+        self.started = self.began
+        lines = [line for line in read_lines(self.folder.metrics) if step > 0 and line["step"] <= step]
         if not self.writes:
             return lines
         write_atomic(self.folder.metrics, "".join(_json_line(line) for line in lines))
-        self._status("running")
+        if self.folder.samples.exists():
+            samples = [line for line in read_lines(self.folder.samples) if step > 0 and line["step"] <= step]
+            write_atomic(self.folder.samples, "".join(map(_json_line, samples)))
+        self.pulse.start(**self._standing())
         return lines
+
+    def enter(self, phase: Phase) -> None:
+        """What the run does from now on."""
+        self.pulse.tell(phase)
 
     def show_step(self, step: int, facts: Facts) -> None:
         """The plain line of a step, every `log_every` steps; consecutive lines stack as columns."""
         self.step = step
         if step == self.first + 1:  # it warms caches and kernels up, and would tell a time far too long
             self.since, self.began = step, time.monotonic()
-        if step in (self.first + 1, self.steps) or step % self.log_every == 0:
+        else:
+            self.took.append(facts.seconds)
+        self.pulse.tell("training", **self._standing())
+        if self.shown and (step in (self.first + 1, self.steps) or step % self.log_every == 0):
             self.say(
                 f"{self._head('step')}  loss {facts.loss:7.4f}  lr {facts.lr:.1e}  grad {facts.grad_norm:8.3g}"
-                f"  {facts.tokens / facts.seconds:>9,.0f} tok/s  left {self._left()}"
+                f"  {facts.tokens / facts.seconds:>9,.0f} tok/s  left {self._left_in_words()}"
             )
 
     def show_eval(self, loss: float, remark: str) -> None:
@@ -94,20 +130,31 @@ class Monitor:
             "passes": facts and facts.passes,
             "tokens_per_second": facts and round(facts.tokens / facts.seconds, 1),
             "memory_gib": round(_peak_memory() / GIB, 3),
-            "gpu": None,  # its load: filled in with NVML
+            "gpu": self.pulse.gpu,
         }
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(_json_line(line))
+        if self.trackers is not None:
+            self.trackers.log(line)
         self.beat()
 
+    def record_samples(self, lines: list[dict[str, Any]]) -> None:
+        """Replies of the model at this step, into samples.jsonl."""
+        with self.folder.samples.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_json_line, lines)))
+        if self.trackers is not None:
+            self.trackers.samples(lines)
+
     def beat(self) -> None:
-        """Renew status.json, at most once a second."""
-        if time.monotonic() - self.beaten >= 1:
-            self._status("running")
+        """A sign of progress: a pass is done, say."""
+        self.pulse.tell()
 
     def end(self, state: Literal["done", "stopped", "failed"], message: str) -> None:
         """The last word in status.json."""
-        self._status(state, message)
+        self.pulse.tell(**self._standing())
+        self.pulse.end(state, message)
+        if self.trackers is not None:
+            self.trackers.end(state)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -115,42 +162,48 @@ class Monitor:
         try:
             yield
         except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
             with suppress(OSError):
-                self.end("failed", str(error) or type(error).__name__)
+                self.end("stopped" if interrupted else "failed", str(error) or type(error).__name__)
             raise
 
-    def _status(self, state: str, message: str = "") -> None:
-        self.beaten = time.monotonic()
-        if not self.writes:
-            return
-        now = round(time.time(), 3)
-        status = {"state": state, "step": self.step, "steps": self.steps, "time": now, "pid": os.getpid()}
-        write_json(self.folder.status, {**status, "message": message})
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """metrics.jsonl up to the line, if any, that a killed run left half written."""
-        if self.folder.metrics.exists():
-            for line in self.folder.metrics.read_text("utf-8").splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    return
+    def _standing(self) -> dict[str, Any]:
+        """What status.json has of the run's course."""
+        seconds = self.spent + time.monotonic() - self.started
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "usual": usual_step(list(self.took)),
+            "seconds": round(seconds, 3),
+            "left": self._left(),
+            "memory_gib": round(_memory() / GIB, 3),
+        }
 
     def _head(self, kind: str) -> str:
         epoch, last = self.step / self.steps_per_epoch, f"{self.steps / self.steps_per_epoch:.2f}"
         return f"{kind}  {self.step:>{len(str(self.steps))}}/{self.steps}  epoch {epoch:{len(last)}.2f}"
 
-    def _left(self) -> str:
+    def _left(self) -> float | None:
+        """Seconds until the last step, at the pace since the first; None before there is one."""
         if self.step == self.steps:
-            return "0 s"
+            return 0.0
         if self.step == self.since:
-            return "–"
-        pace = (time.monotonic() - self.began) / (self.step - self.since)
-        return duration(pace * (self.steps - self.step))
+            return None
+        return round((time.monotonic() - self.began) / (self.step - self.since) * (self.steps - self.step), 1)
+
+    def _left_in_words(self) -> str:
+        left = self._left()
+        return "–" if left is None else duration(left)
 
 
 def _json_line(line: dict[str, Any]) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"
+    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _memory() -> int:
+    """Bytes in use just now: what torch holds on this process's GPU, else what the process has."""
+    return torch.cuda.memory_allocated() or int(psutil.Process().memory_info().rss)
 
 
 def _peak_memory() -> int:

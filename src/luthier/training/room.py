@@ -41,11 +41,12 @@ def check_room(
     kind: str,
     steps: int,
     steps_per_epoch: int,
-) -> None:
+) -> str:
     """Compare what the run's checkpoints and its result will take at most at one time with what the disk has.
 
     A new checkpoint is complete before the oldest is removed: keep + 1 of them, or all, and the adapter or model.
-    `parameters` are those that train, by name; `write`, `kind`, `steps` are the loop's. Errors: RunError.
+    `parameters` are those that train, by name; `write`, `kind`, `steps` are the loop's. Gives back the two in words.
+    Errors: RunError.
     """
     each = sizes(folder, model, parameters, write, kind, section.optimizer)
     period = steps_per_epoch if section.save_every == "epoch" else section.save_every
@@ -55,7 +56,7 @@ def check_room(
     needed = max(most * each.checkpoint - there, each.checkpoint) + each.result
     free = shutil.disk_usage(folder.path).free
     if needed <= free:
-        return
+        return f"{size(needed)} of disk at most, {size(free)} free"
     count = f"{most} checkpoints of {size(each.checkpoint)}" if most > 1 else f"a checkpoint of {size(each.checkpoint)}"
     kept = f" ({section.keep} kept and a new one)" if most != saves else ""
     result = f"{'a model' if kind == 'full' else 'an adapter'} of {size(each.result)}"
@@ -80,11 +81,7 @@ def sizes(
     """Measured on an adapter, which is written once and removed (so it is also known that it can be); a whole model is
     reckoned from its tensors, beside which its tokenizer is little."""
     trained = sum(value.nbytes for value in parameters.values())
-    moments = sum(
-        value.numel() * (MOMENTS["adamw"] if value.numel() < SMALL else MOMENTS[optimizer])
-        for value in parameters.values()
-    )
-    state = int(moments) + GENERATORS + ENTRIES * sum(len(name) + ENTRY for name in parameters)
+    state = moments(parameters, optimizer) + GENERATORS + ENTRIES * sum(len(name) + ENTRY for name in parameters)
     if kind == "full":
         result = sum(value.nbytes for value in model.parameters())
         return Sizes(result, result + state)
@@ -92,6 +89,16 @@ def sizes(
         write(Path(trial))
         result = bytes_in(Path(trial))
     return Sizes(result, result + trained + state)  # state.safetensors has the weights as well, by the model's names
+
+
+def moments(parameters: dict[str, nn.Parameter], optimizer: str) -> int:
+    """Bytes that the optimizer will keep for these."""
+    return int(
+        sum(
+            value.numel() * (MOMENTS["adamw"] if value.numel() < SMALL else MOMENTS[optimizer])
+            for value in parameters.values()
+        )
+    )
 
 
 def bytes_in(folder: Path) -> int:

@@ -1,0 +1,118 @@
+"""Before step 1: what would fail later fails there, and nothing that is tried changes a number."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from luthier.errors import RunError
+from luthier.sections import TrainSection
+from luthier.training import checkpoint
+from luthier.training.gradients import Gradients
+from luthier.training.loop import Training
+from luthier.training.preflight import Preflight
+from rows import fit, lora, random_rows, tiny, trained
+
+ROWS, HELD_OUT = random_rows(24, longest=30), random_rows(9, seed=1)
+SECTION = TrainSection(batch=8, steps=5, lr=3e-3, tokens_per_pass=1000)
+
+
+def with_room_for(monkeypatch, tokens):
+    """A device whose memory is full when a pass with a gradient has more tokens; gives those that were tried."""
+    tried = []
+
+    def limited(self, part, step=0, module=None):
+        loss = real(self, part, step, module)
+        tried.append(part.ids.size)
+        if part.ids.size > tokens and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    real = Gradients.loss
+    monkeypatch.setattr(Gradients, "loss", limited)
+    return tried
+
+
+def test_the_longest_pass_is_tried_and_cut_until_it_fits(tmp_path, monkeypatch):
+    expected = fit(tmp_path / "roomy", lora(tiny("llama")), ROWS, SECTION)
+    tried, said, model = with_room_for(monkeypatch, 60), [], lora(tiny("llama"))
+    outcome = fit(tmp_path / "narrow", model, ROWS, SECTION, say=said.append, proof=False)
+    assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+    told = [line for line in said if "do not fit" in line]
+    assert told[0].startswith("preflight: passes of 1,000 tokens do not fit into memory; ")
+    assert told[0].endswith(" at most instead: the result is the same") and 1 < len(told) < 4
+    assert not [line for line in said if line.startswith("out of memory")]  # no step meets it any more
+    longest = sorted(ROWS.lengths)[-8:]
+    assert tried[-1] <= 60 and sum(longest) in tried
+
+
+def test_a_row_that_does_not_fit_by_itself_is_one_line(tmp_path, monkeypatch):
+    with_room_for(monkeypatch, 20)
+    with pytest.raises(RunError) as error:
+        fit(tmp_path, lora(tiny("llama")), ROWS, SECTION, proof=False)
+    row = int(ROWS.lengths.argmax())
+    assert re.fullmatch(
+        rf"preflight: the longest row, rows\.jsonl:{row + 1} with 30 tokens, does not fit into memory, [\d.]+ GiB of "
+        r"which are free; train\.activation_checkpointing: true, a smaller data\.max_length or model\.quantize: nf4 "
+        "take less",
+        str(error.value),
+    )
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert list((tmp_path / "checkpoints").glob("*")) == [] and (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_it_says_what_it_tried(tmp_path):
+    said, asked = [], []
+    section = TrainSection(batch=24, steps=2, save_every=1)
+    fit(tmp_path, lora(tiny("llama")), ROWS, section, eval_rows=HELD_OUT, say=said.append, ask=asked.append)
+    (line,) = [line for line in said if line.startswith("preflight")]
+    took = r"[\d.e-]+ s"
+    assert re.fullmatch(
+        rf"preflight: {ROWS.lengths.sum()} tokens forward and backward {took}, evaluation of {HELD_OUT.lengths.sum()} "
+        rf"{took}, checkpoint of 0\.\d MiB {took}, an answer {took}; [\d.]+ GiB of memory free; 0\.\d MiB of disk at "
+        r"most, [\d.]+ GiB free",
+        line,
+    ), line
+    assert said.index(line) < next(number for number, other in enumerate(said) if other.startswith("eval"))
+    assert asked[0] == 2
+
+
+@pytest.mark.parametrize("place", ["save", "ask"])
+def test_what_cannot_be_done_at_the_end_ends_the_run_at_its_start(tmp_path, place):
+    def fail(*_):
+        raise ValueError("this cannot be written")
+
+    how = {"write": fail} if place == "save" else {"ask": fail}
+    with pytest.raises(ValueError, match="cannot be written"):
+        fit(tmp_path, lora(tiny("llama")), ROWS, SECTION, kind="full" if place == "save" else "lora", **how)
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and not list(tmp_path.glob(".adapter.*"))
+
+
+def test_nothing_of_it_changes_a_number(tmp_path, monkeypatch):
+    """Dropout of the adapters and of the base model, which draws in sequence; an answer that draws as well."""
+    section = TrainSection(batch=8, steps=4, lr=3e-3, base_dropout=True)
+
+    def run(path):
+        model = lora(tiny("opt", dropout=0.3), lora_dropout=0.1)
+        outcome = fit(path, model, ROWS, section, eval_rows=HELD_OUT)
+        return outcome.losses, trained(model)
+
+    losses, weights = run(tmp_path / "with")
+    monkeypatch.setattr(Training, "preflight", lambda self: None)
+    others, bare = run(tmp_path / "without")
+    assert losses == others
+    assert all(torch.equal(value, bare[name]) for name, value in weights.items())
+
+
+def test_on_going_on_the_optimizer_has_its_memory_already(tmp_path, monkeypatch):
+    reserved, real = [], Preflight.passes
+    monkeypatch.setattr(Preflight, "passes", lambda self, *parts: reserved.append(parts[3]) or real(self, *parts))
+    model = lora(tiny("llama"))
+    fit(tmp_path, model, ROWS, SECTION)
+    newest = checkpoint.latest(tmp_path / "checkpoints")
+    assert newest is not None
+    fit(tmp_path, lora(tiny("llama")), ROWS, SECTION.model_copy(update={"steps": 6}), resume=newest)
+    assert reserved == [8 * sum(value.numel() for value in trained(model).values()), 0]
