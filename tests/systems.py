@@ -157,7 +157,7 @@ SYSTEMS = [
     System(
         "S3", "s3_llama2_13b_chinese_nf4.yaml", "alpaca_zh_17k.json.gz", _instructions, "tokenizers/llama2",
         ("llama", LLAMA),
-        (FEW, "train.devices=cpu", "train.steps=4", "generate.prompts=[你好]", "generate.max_new_tokens=8"),
+        (FEW, "train.devices=cpu", "track=[]", "train.steps=4", "generate.prompts=[你好]", "generate.max_new_tokens=8"),
         quantised=True,
     ),
     System(

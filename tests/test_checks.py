@@ -114,9 +114,19 @@ def test_unknown_keys(tmp_path: Path, section: str, line: str, message: str) -> 
         ("trian: {batch: 4}", "trian: unknown key; did you mean train?"),
         ("batch: 4", "batch: unknown key; batch belongs to train: train.batch"),
         ("train.lr: 1e-4", "train.lr: unknown key; write it nested, as in train: {lr: …}"),
-        ("track: [wandb]", "track: not in this version yet"),
+        ("track: [wandb, wandb]", "track: [wandb, wandb] names a tracker twice"),
+        ("track: [comet]", "track[0]: must be wandb, mlflow, swanlab or tensorboard, is 'comet'"),
+        (
+            "track: wandb",
+            "track: must be a list of wandb, mlflow, swanlab or tensorboard, is 'wandb'; write [wandb]",
+        ),
+        (
+            "wandb_project: town",
+            "wandb_project: a key of axolotl, alpaca-lora; here: track (wandb in its list; the environment: "
+            "WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME)",
+        ),
         ("demo: {title: x}", "demo: not in this version yet"),
-        ("qqq: 1", "qqq: unknown key; a recipe has run, model, data, method, train, generate, merge"),
+        ("qqq: 1", "qqq: unknown key; a recipe has run, model, data, method, train, generate, merge, track"),
         (
             "lora_rank: 8",
             "lora_rank: a key of LLaMA-Factory, torchtune, ms-swift; here: method.r (rank of the adapters)",

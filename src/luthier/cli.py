@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
-import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.clirecipe import recipe_app
+from luthier.cliruns import runs_app
+from luthier.cliwords import Overrides, Recipe, RunPath, aside, say
 from luthier.errors import LuthierError, RecipeError
 from luthier.training.launch import rank, speaks
 
@@ -29,12 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="A recipe's schema, its defaults, a new one.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
+app.add_typer(runs_app, name="runs")
 
 
 class Layout(StrEnum):
@@ -88,24 +86,6 @@ def _options(
     ] = False,
 ) -> None:
     """For the help alone: main takes --debug out of the line, --version has its callback."""
-
-
-def say(line: str) -> None:
-    """A line for the screen, at once; of several processes (under torchrun) the first one's alone."""
-    if rank() != 0:
-        return
-    try:
-        print(line, flush=True)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        # The terminal was closed: nobody reads on, and SIGHUP, which came with it, stops a run after its step.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def aside(line: str) -> None:
-    """A line that is no part of the verb's output."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -171,7 +151,8 @@ def train(
     """
     from luthier.run import train as train_run
 
-    run = train_run(recipe, overrides or [], resume=resume, proof=not no_proof, say=say)
+    with _screen() as screen:
+        run = train_run(recipe, overrides or [], resume=resume, proof=not no_proof, **screen)
     _exit_if_stopped(run)
     outcome, folder = run.outcome, run.folder.shown
     assert outcome is not None
@@ -299,6 +280,32 @@ def export(
 
 
 @app.command()
+def report(run: RunPath) -> None:
+    """Write report.html: a run on one page.
+
+    A run writes it when it ends, a comparison and a merge write it again; this one at any time.
+    """
+    from luthier.report import write_report
+    from luthier.runs import find_run
+
+    say(f"page: {write_report(find_run(str(run)))}")
+
+
+@app.command()
+def doctor(
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the hubs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON line a finding.")] = False,
+) -> None:
+    """What keeps a run from starting here, with the fix.
+
+    Python, libraries, torch and its device, memory, disks, settings, the hubs; exit 1 where no run could start.
+    """
+    from luthier.doctor.examine import report as examine
+
+    sys.exit(examine(Path.cwd(), online=not offline, as_json=as_json))
+
+
+@app.command()
 def quickstart() -> None:
     """The whole journey on an embedded tiny model.
 
@@ -306,39 +313,22 @@ def quickstart() -> None:
     """
     from luthier import verbs
 
-    _exit_if_stopped(verbs.quickstart(Path.cwd(), say=say))
+    _exit_if_stopped(verbs.quickstart(Path.cwd(), say=say, screen=_screen))
 
 
-@recipe_app.command("schema")
-def recipe_schema() -> None:
-    """The JSON Schema of a recipe, for editors."""
-    from luthier.recipe import recipe_schema as schema
+@contextmanager
+def _screen() -> Iterator[dict[str, Any]]:
+    """How a run is shown while it trains, as `train` takes it: by a panel where the terminal can draw one, else lines."""
+    from rich.console import Console
 
-    say(json.dumps(schema(), ensure_ascii=False, indent=2))
+    from luthier.panel import is_live, live
 
-
-@recipe_app.command("show")
-def recipe_show(recipe: Recipe, overrides: Overrides = None) -> None:
-    """A recipe with every default filled in."""
-    from luthier.recipe import show_recipe
-
-    say(show_recipe(recipe, overrides or []).rstrip())
-
-
-@recipe_app.command("new")
-def recipe_new(
-    path: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; else the screen.")] = None,
-) -> None:
-    """A commented recipe to start from."""
-    from luthier.recipe import new_recipe
-
-    if path is None:
-        say(new_recipe().rstrip())
+    console = Console()
+    if rank() != 0 or not is_live(console):
+        yield {"say": say}
         return
-    if path.exists():
-        raise RecipeError(f"{path} is there already; give another name, or remove it first")
-    path.write_text(new_recipe(), encoding="utf-8")
-    say(f"{path}: fill in model.name and data.train, then: luthier look {path}")
+    with live(console, say) as screen:
+        yield {"say": screen.say, "watch": screen.watch}
 
 
 def _write(text: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -19,91 +18,14 @@ from luthier.data.encode import Encoder
 from luthier.data.examples import Examples
 from luthier.data.prepare import Data
 from luthier.errors import DataError, RecipeError, RunError
-from luthier.generate import Reply, generate
+from luthier.generate import generate
 from luthier.loaded import Prompt, prompt_ids
 from luthier.models.load import window_of
+from luthier.replies import Comparison, Pair, Question, Reply
 from luthier.sections import GenerateSection
 
 HELD_OUT = 128  # rows of the eval part that are answered
 PROBED_ROWS, PROBED_TOKENS = 32, 256  # beside the prompts, for the difference in logits
-
-
-@dataclass(frozen=True)
-class Question:
-    """What both models are asked. reference: the held-out row's own answer; None for a prompt of the recipe."""
-
-    origin: str
-    text: str
-    ids: list[int]
-    reference: str | None = None
-
-    def right(self, reply: Reply) -> bool:
-        """The very same text, but for white space around it."""
-        return self.reference is not None and reply.text.strip() == self.reference.strip()
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One question and what each model answers."""
-
-    question: Question
-    base: Reply
-    tuned: Reply
-
-    @property
-    def flip(self) -> int:
-        """1: wrong before, right now; -1: right before, wrong now; 0: neither."""
-        return self.question.right(self.tuned) - self.question.right(self.base)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Every question with both answers, and the largest difference between the two models' logits."""
-
-    pairs: list[Pair]
-    logit_difference: float
-
-    @property
-    def prompts(self) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.question.reference is None]
-
-    @property
-    def held_out(self) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.question.reference is not None]
-
-    def figures(self) -> dict[str, Any]:
-        """The numbers, as compare.json holds them; shares lie between 0 and 1, lengths are tokens."""
-        held = self.held_out
-        sides = {"base": [pair.base for pair in self.pairs], "tuned": [pair.tuned for pair in self.pairs]}
-        found: dict[str, Any] = {"prompts": len(self.prompts), "held_out": len(held)}
-        for side, replies in sides.items():
-            right = sum(pair.question.right(getattr(pair, side)) for pair in held)
-            found[side] = {
-                "exact": right,
-                "exact_share": right / len(held) if held else None,
-                "stopped_share": sum(reply.stopped for reply in replies) / len(replies),
-                "mean_tokens": sum(len(reply.ids) for reply in replies) / len(replies),
-            }
-        found["wrong_to_right"] = sum(pair.flip == 1 for pair in held)
-        found["right_to_wrong"] = sum(pair.flip == -1 for pair in held)
-        found["largest_logit_difference"] = self.logit_difference
-        return found
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it, for compare.json."""
-        return {"figures": self.figures(), "answers": [_as_json(pair) for pair in self.pairs]}
-
-
-def _as_json(pair: Pair) -> dict[str, Any]:
-    question = pair.question
-    row: dict[str, Any] = {"origin": question.origin, "prompt": question.text, "prompt_ids": question.ids}
-    if question.reference is not None:
-        row["reference"] = question.reference
-    for side, reply in (("base", pair.base), ("tuned", pair.tuned)):
-        row[side] = {"text": reply.text, "ids": reply.ids, "stopped": reply.stopped}
-        if question.reference is not None:
-            row[side]["exact"] = question.right(reply)
-    return row
 
 
 def compare(

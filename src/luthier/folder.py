@@ -10,8 +10,10 @@ runs/<name>/
   status.json        state and heartbeat
   checkpoints/step-000100/
   adapter/           the best by eval loss where there is an eval set, else the last (full fine-tuning: model/)
-  samples.jsonl      replies to the recipe's prompts
-  compare.md, compare.html
+  samples.jsonl      replies to the recipe's prompts at every evaluation, and before training
+  compare.md, compare.html, compare.json
+  merges.json        the models that it was merged into, and how far they were from it
+  report.html        all of it on one page
   .lock              held by the process that trains here
 """
 
@@ -219,6 +221,10 @@ class RunFolder:
     @property
     def rejected(self) -> Path:
         return self.path / "rejected.jsonl"
+
+    @property
+    def merges(self) -> Path:
+        return self.path / "merges.json"
 
     @property
     def samples(self) -> Path:

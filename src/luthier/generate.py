@@ -15,23 +15,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from luthier.errors import ModelError, RecipeError
 from luthier.models.load import pad_id, window_of
+from luthier.replies import Reply
 from luthier.sections import GenerateSection
 
 CONTEXT = 8
 """Prompt tokens that a reply is decoded with, so that SentencePiece keeps the blank before its first word."""
 REPLACEMENT = "\ufffd"
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote."""
-
-    text: str
-    """Exactly what continues the prompt (a leading blank is kept), without special tokens, cut before a stop text."""
-    ids: list[int]
-    """The tokens drawn, without the end token; those of a stop text are among them."""
-    stopped: bool
-    """It ended by itself, with an end token or a stop text, and not at the length limit."""
 
 
 @dataclass(frozen=True)

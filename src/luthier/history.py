@@ -93,8 +93,10 @@ class History:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken."""
-        return int(self.status.get("step", self.metrics[-1]["step"] if self.metrics else 0))
+        """Optimizer steps taken. A run that died may have taken one more than it could tell."""
+        written = self.metrics[-1]["step"] if self.metrics else 0
+        told = int(self.status.get("step", written))
+        return max(told, written) if self.state == "dead" else told
 
     @property
     def steps(self) -> int | None:
@@ -126,7 +128,7 @@ class History:
         after = [pair for pair in self.eval_losses if pair[0]]
         return min(after, key=lambda pair: pair[1]) if after else None
 
-    @property
+    @cached_property
     def supervised_share(self) -> float | None:
         """Of the tokens trained on so far."""
         tokens = sum(line["tokens"] for line in self.metrics if line["tokens"])
@@ -149,20 +151,29 @@ class History:
         return max(0.0, float(told - (self.now - self.status["time"])))
 
 
+FROM_METRICS = ("losses", "eval_losses", "supervised_share")
+"""What of a History holds as long as there are no new lines: 20,000 of them are not added up every second."""
+
+
 class Follower:
     """Reads one run again and again, each time only what is new."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.metrics, self.samples = Growing(folder.metrics), Growing(folder.samples)
+        self.reckoned: dict[str, Any] = {}
 
     def look(self, now: float | None = None) -> History:
         """The run as it stands now."""
-        self.metrics.refresh()
+        fresh = self.metrics.refresh()
         self.samples.refresh()
         status = read_json(self.folder.status) or {}
         moment = time.time() if now is None else now
-        return History(self.folder, status, list(self.metrics.lines), list(self.samples.lines), moment)
+        history = History(self.folder, status, list(self.metrics.lines), list(self.samples.lines), moment)
+        if not fresh:
+            vars(history).update({name: value for name, value in self.reckoned.items() if name in FROM_METRICS})
+        self.reckoned = vars(history)
+        return history
 
 
 def read_history(folder: RunFolder, now: float | None = None) -> History:

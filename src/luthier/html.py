@@ -32,10 +32,12 @@ th { font-weight: 600; font-size: .85rem } td, .text { white-space: pre-wrap; ov
 .histogram figcaption { display: flex; justify-content: space-between; border-top: 1px solid var(--line) }
 figcaption { font-size: .8rem }
 .panel { background: var(--panel); border-radius: .5rem; padding: .9rem 1.1rem; margin: .8rem 0 }
-.ids, code { font: .85em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Noto Sans Mono CJK SC", monospace }
+.ids, code { font: .85em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", "Noto Sans Mono CJK SC",
+  monospace }
 summary { cursor: pointer; color: var(--soft) }
 mark { background: var(--new); color: inherit; border-radius: .2em }
-@media print { body { max-width: none; padding: 0; font-size: 11px } .panel, tr, figure { break-inside: avoid }
+@media print { :root { font-size: 12px } body { max-width: none; padding: 0; font-size: 11px }
+  .panel, tr, figure, dl > div { break-inside: avoid }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact } .scroll { overflow: visible } }
 """
 

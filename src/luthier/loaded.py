@@ -16,7 +16,7 @@ from luthier.sections import DataSection, GenerateSection, ModelSection, Recipe
 if TYPE_CHECKING:
     from luthier.data.encode import Encoder
     from luthier.data.prepare import Data
-    from luthier.generate import Reply
+    from luthier.replies import Reply
 
 Say = Callable[[str], None]
 Prompt = str | list[dict[str, Any]]

@@ -155,6 +155,12 @@ def _ids(ids: Sequence[int]) -> Text:
 
 def look_html(look: Look) -> str:
     """The page: figures, sources, lengths, checks, and the rows token by token (a token's id when pointed at)."""
+    note = next(line for line in _overview(look) if line.startswith("template "))
+    return page("The data as the model sees it", note, *look_parts(look), style=STYLE)
+
+
+def look_parts(look: Look) -> list[Html]:
+    """What is on the page; it needs `STYLE`."""
     report = look.report
     top = figures(
         [
@@ -165,9 +171,7 @@ def look_html(look: Look) -> str:
             (f"{report['longest']:,}", "tokens in the longest row"),
         ]
     )
-    return page(
-        "The data as the model sees it",
-        next(line for line in _overview(look) if line.startswith("template ")),
+    return [
         top,
         tag("h2", "Sources"),
         _sources(report["sources"]),
@@ -179,8 +183,7 @@ def look_html(look: Look) -> str:
         tag("h2", "Lengths in tokens"),
         table(["", *map(_name, PERCENTILES)], map(_length_row, look.lengths), class_="numbers"),
         tag("div", *map(_bars, look.lengths), class_="columns"),
-        style=STYLE,
-    )
+    ]
 
 
 def _sources(sources: Sequence[dict[str, Any]]) -> Html:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.folder import RunFolder
+from luthier.folder import RunFolder, read_json
 from luthier.recipe import load_recipe, recipe_difference, run_name
 from luthier.sections import Recipe
 
@@ -65,10 +65,18 @@ def check_same_data(folder: RunFolder, report: dict[str, Any]) -> None:
 
 
 def resume_from(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint, which it says; None where the run had not come so far."""
+    """The newest checkpoint, which it says; None where the run had not come so far.
+
+    Errors: RecipeError for a run that is done and has none any more: it would be trained a second time.
+    """
     from luthier.training.checkpoint import latest
 
     newest = latest(folder.checkpoints)
+    if newest is None and (read_json(folder.status) or {}).get("state") == "done":
+        raise RecipeError(
+            f"{folder.shown} is trained to its end, and its checkpoints were removed; train it anew with: "
+            f"luthier train {folder.shown / 'recipe.yaml'}"
+        )
     where = f"from {newest.relative_to(folder.path)}" if newest else "no checkpoint yet, from the start"
     say(f"resume: {where}")
     return newest

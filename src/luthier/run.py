@@ -14,9 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier import notebook
 from luthier.errors import RunError
-from luthier.folder import RunFolder, write_atomic, write_json
-from luthier.history import read_lines
+from luthier.folder import RunFolder, read_json, write_atomic, write_json
+from luthier.history import read_history, read_lines
 from luthier.loaded import (
     Loaded,
     Prompt,
@@ -35,9 +36,10 @@ from luthier.training.launch import launch, launched, tell_run, watched
 from luthier.workbench import Workbench, held, workbench
 
 if TYPE_CHECKING:
-    from luthier.compare import Comparison
     from luthier.merge import MergeReport
+    from luthier.replies import Comparison
     from luthier.training.distributed import World
+    from luthier.training.monitor import Monitor
     from luthier.training.outcome import Outcome
 
 
@@ -48,6 +50,16 @@ class Run:
     folder: RunFolder
     recipe: Recipe
     outcome: Outcome | None = None
+
+    def __repr__(self) -> str:
+        history = read_history(self.folder)
+        steps = f", step {history.step:,} of {history.steps:,}" if history.steps else ""
+        return f"<run {self.folder.shown}: {history.state}{steps}>"
+
+    def _repr_html_(self) -> str | None:
+        """For a notebook; nothing where the cell shows this run already."""
+        shown = notebook.is_shown(self.folder.path)
+        return None if shown else notebook.run_html(read_history(self.folder))
 
     def generate(self, prompt: str | Sequence[str]) -> str | list[str]:
         """The tuned model's reply to a prompt, or a list of replies to several; loads the model anew."""
@@ -86,16 +98,19 @@ def train(
 ) -> Run:
     """Carry a recipe to a trained adapter; with `resume`, a run folder (or the recipe of one) to its end.
 
-    Where `train.devices` names several, it runs in a process for each; without `proof` the engine is not held against
-    the reference before step 1. `watch` is told the run's folder once it is there, and shows the steps itself: no
-    lines are said of them. Errors: RecipeError, DataError, ModelError and HubError before anything is written;
-    RunError while it trains, or where another process trains that run.
+    Where `train.devices` names several, it runs in a process for each; in a notebook, too, it has a process of its own,
+    and one output of the cell shows it: to interrupt the kernel stops it after the step, and gives the run. Without
+    `proof` the engine is not held against the reference before step 1. `watch` is told the run's folder once it is
+    there, and shows the steps itself: no lines are said of them. Errors: RecipeError, DataError, ModelError and
+    HubError before anything is written; RunError while it trains, or where another process trains that run.
     """
     chosen, begun = wanted(Path(recipe), overrides, resume)
     devices = chosen.train.devices
-    if isinstance(devices, list) and len(devices) > 1 and not launched():
-        call = partial(train, resume=resume, proof=proof, watch=watch and watched)
-        return launch(call, (recipe, overrides), len(devices), say, watch)
+    count = len(devices) if isinstance(devices, list) else 1
+    if (count > 1 or notebook.shell()) and not launched():
+        with notebook.shown(say, watch) as (say, watch):
+            call = partial(train, resume=resume, proof=proof, watch=watch and watched)
+            return launch(call, (recipe, overrides), count, say, watch)
 
     from luthier.training.distributed import join
 
@@ -108,6 +123,7 @@ def train(
         folder = world.share(_recorded(begun, run_name(chosen, Path(recipe)), bench, held) if world.leads else None)
         assert folder is not None
         held.enter_context(_interrupted(folder, say))
+        held.enter_context(_reported(folder, say, world.leads))
         say(f"run: {folder.path}")
         if watch is not None:
             watch(folder.path)
@@ -156,7 +172,6 @@ def _trained(
 ) -> Outcome:
     from luthier.models.load import pad_id
     from luthier.training.loop import train as train_loop
-    from luthier.training.monitor import Monitor
 
     return train_loop(
         bench.model,
@@ -167,13 +182,27 @@ def _trained(
         folder,
         pad_id=pad_id(bench.tokenizer),
         write=lambda target: _write_result(target, bench),
-        monitor=Monitor(folder, bench.section, say, writes=world.leads, shown=shown),
+        monitor=_monitor(folder, bench, world, say, shown=shown),
         say=say,
         world=world,
         resume=checkpoint,
         proof=proof,
         ask=partial(_replies, bench),
     )
+
+
+def _monitor(folder: RunFolder, bench: Workbench, world: World, say: Say, *, shown: bool) -> Monitor:
+    """What reports the run: the first process, which reads the cards of all."""
+    from luthier.training.gpu import cards, gpu_meter
+    from luthier.training.monitor import Monitor
+
+    devices = bench.recipe.train.devices
+    numbers = [number for number in devices if isinstance(number, int)] if isinstance(devices, list) else []
+    on_gpu = world.leads and world.device.type == "cuda"
+    before = (read_json(folder.status) or {}).get("gpu")
+    meter = gpu_meter(cards(numbers or [world.device.index or 0]), before) if on_gpu else None
+    gpus = meter.read if meter else lambda: None
+    return Monitor(folder, bench.section, say, writes=world.leads, shown=shown, gpus=gpus)
 
 
 def _recorded(begun: RunFolder | None, name: str, bench: Workbench, held: ExitStack) -> RunFolder:
@@ -207,6 +236,21 @@ def _interrupted(folder: RunFolder, say: Say) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _reported(folder: RunFolder, say: Say, leads: bool) -> Iterator[None]:
+    """Behind the block report.html tells how the run stands, however it ended. A report that fails fails nothing."""
+    from luthier.report import write_report
+
+    try:
+        yield
+    finally:
+        try:
+            if leads:
+                write_report(folder)
+        except Exception as error:
+            say(f"report.html is not written: {error}")
+
+
 def _record(folder: RunFolder, bench: Workbench) -> None:
     """What the run is made of: resolved recipe, environment, rejected rows, data; the latter three of its first start.
 
@@ -219,8 +263,12 @@ def _record(folder: RunFolder, bench: Workbench) -> None:
     write_atomic(folder.rejected, "".join(rejected))
     libraries = ["luthier", "torch", "transformers", "peft", "tokenizers", "accelerate", "datasets", "safetensors"]
     machine = {"python": platform.python_version(), "platform": platform.platform(), "device": str(bench.model.device)}
+    sizes = [(value.numel(), value.requires_grad) for value in bench.model.parameters()]
+    counts = {"parameters": sum(count for count, _ in sizes), "trainable": sum(n for n, trains in sizes if trains)}
     libraries += ["bitsandbytes"] if find_spec("bitsandbytes") else []
-    write_json(folder.path / "environment.json", machine | {name: version(name) for name in libraries})
+    write_json(
+        folder.path / "environment.json", machine | {name: version(name) for name in libraries} | {"model": counts}
+    )
     if bench.recipe.data.write_text is not None:
         from luthier.data.prepare import write_text
 

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.compare import Comparison, Pair, Question
-from luthier.generate import Reply
 from luthier.html import Html, figures, join, page, table, tag, visible
+from luthier.replies import Comparison, Pair, Question, Reply
 
 ON_SCREEN = 10  # held-out rows on the terminal, flips first; the page has them all
 LONG = 300  # characters of an answer on the terminal
@@ -188,14 +187,15 @@ def compare_html(comparison: Comparison) -> str:
     """compare.html: the figures, the prompts, every held-out row; words that the base did not write are marked."""
     parts: list[str] = [figures(summary(comparison))]
     if comparison.prompts:
-        parts += [tag("h2", PROMPTS), _side_table(comparison.prompts)]
+        parts += [tag("h2", PROMPTS), side_table(comparison.prompts)]
     if comparison.held_out:
-        parts += [tag("h2", HELD_OUT), _side_table(flips_first(comparison.held_out))]
+        parts += [tag("h2", HELD_OUT), side_table(flips_first(comparison.held_out))]
     note = "Held-out rows are answered greedily. What the tuned model wrote and the base did not is marked."
     return page(TITLE, note, *parts, style=STYLE)
 
 
-def _side_table(pairs: Sequence[Pair]) -> Html:
+def side_table(pairs: Sequence[Pair]) -> Html:
+    """Prompt, base and tuned in three columns; it needs `STYLE`."""
     rows = [(_asked(p.question), _answer(p, p.base), _answer(p, p.tuned, since=p.base)) for p in pairs]
     return table(["prompt", "base", "tuned"], rows, class_="sides")
 
@@ -212,13 +212,20 @@ def _answer(pair: Pair, reply: Reply, since: Reply | None = None) -> Html:
     if pair.question.reference is not None:
         right = pair.question.right(reply)
         parts.append(tag("span", "✓ " if right else "✗ ", class_="right" if right else "wrong"))
-    said = reply.text.strip()
-    parts += [said] if since is None else [tag("mark", p) if new else p for p, new in new_words(since.text, said)]
-    if not said:
-        parts.append(tag("span", NOTHING, class_="soft"))
+    parts.append(marked(reply.text, None if since is None else since.text))
     if not reply.stopped:
         parts.append(tag("div", f"{NO_STOP}: {len(reply.ids):,} tokens", class_="soft"))
     return join(parts)
+
+
+def marked(text: str, since: str | None = None) -> Html:
+    """An answer, with the words marked that an earlier one does not have."""
+    said = text.strip()
+    if not said:
+        return tag("span", NOTHING, class_="soft")
+    return join(
+        [said] if since is None else [tag("mark", part) if new else part for part, new in new_words(since, said)]
+    )
 
 
 def new_words(before: str, after: str) -> list[tuple[str, bool]]:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import hub
 from luthier.errors import RecipeError
-from luthier.folder import RunFolder, write_atomic, write_json
+from luthier.folder import RunFolder, read_json, write_atomic, write_json
 from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_folder, write_note
+from luthier.notebook import Looked, shell, train_call
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
 from luthier.resume import read_recipe, today_of
-from luthier.run import Run, held, load_run, open_run, result_folder, train
+from luthier.run import Run, load_run, open_run, result_folder, train
 from luthier.sections import GenerateSection
+from luthier.workbench import held
 
 if TYPE_CHECKING:
-    from luthier.compare import Comparison
     from luthier.merge import MergeReport
     from luthier.plan import Plan
+    from luthier.replies import Comparison
 
 
 def look(
@@ -38,10 +40,11 @@ def look(
     seed: int = 0,
     html: Path | None = None,
     say: Say = print,
-) -> Path:
-    """Show the data of a recipe (or a run folder) as the model sees it, on the screen and as a page; gives its path.
+) -> Looked:
+    """Show the data of a recipe (or a run folder) as the model sees it, on the screen and as a page; gives both.
 
-    The last line says what to do next. Errors: RecipeError, DataError, ModelError, HubError.
+    In a notebook the cell shows what is given, and nothing is printed. The last line says what to do next.
+    Errors: RecipeError, DataError, ModelError, HubError.
     """
     quiet()
     from rich.console import Console
@@ -53,20 +56,25 @@ def look(
     page = html or Path(f"{path.stem}-look.html")
     if not page.parent.is_dir():
         raise RecipeError(f"--html {page}: there is no folder {page.parent}")
+    said: list[str] = []
+    cell = shell() is not None and say is print
+    say = said.append if cell else say
     loaded = read_recipe(path, overrides)
     _, _, encoder = load_encoder(loaded, say, today_of(RunFolder.open(path) if path.is_dir() else None))
     shown = loaded.model_copy(update={"data": loaded.data.model_copy(update={"bad_rows": "skip"})})
     data = load_data(shown, encoder, say)
     facts = inspect(data, encoder, loaded.data, rows, seed)
-    show(facts, Console())
+    if not cell:
+        show(facts, Console())
     write_atomic(page, look_html(facts))
     say(f"page: {page}")
     if (bad := data.report["bad"]) and loaded.data.bad_rows == "error":
         rows_are = "1 bad row; put it right" if bad == 1 else f"{bad:,} bad rows; put them right"
         say(f"luthier train would stop: {rows_are}, or set data.bad_rows: skip")
     elif path.is_file():
-        say(f"next: {shlex.join(['luthier', 'train', str(recipe), *overrides])}")
-    return page
+        command = shlex.join(["luthier", "train", str(recipe), *overrides])
+        say(f"next: {train_call(recipe, overrides) if cell else command}")
+    return Looked(facts, page, said)
 
 
 def plan(recipe: str | Path, overrides: Sequence[str] = (), *, structure: bool = False, say: Say = print) -> Plan:
@@ -167,6 +175,7 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     from rich.console import Console
 
     from luthier.compare import compare as ask
+    from luthier.report import write_report
     from luthier.sidebyside import compare_html, markdown, show
 
     tuned = load_run(run, say=say)
@@ -183,11 +192,13 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
         rows=rows,
         say=say,
     )
-    show(comparison, Console())
+    if shell() is None:
+        show(comparison, Console())
     page = run.folder.path / "compare.html"
     write_json(page.with_suffix(".json"), comparison.as_json())
     write_atomic(page.with_suffix(".md"), markdown(comparison))
     write_atomic(page, compare_html(comparison))
+    write_report(run.folder)
     say(f"page: {page}")
     return comparison
 
@@ -237,13 +248,29 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
     )
     parts = [part for part in (data.eval, data.train) if part is not None]
     examples = (part[i] for part in parts for i in range(len(part)))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _noted(run, out):
         rows = Path(scratch) / "rows.npz"
         there = write_rows(((example.ids, example.supervised) for example in examples), rows)
         if there < POSITIONS:
             say(f"the data has {there} supervised tokens; the merge is verified on those instead of {POSITIONS:,}")
         verify(out, rows, say)
     return report
+
+
+@contextmanager
+def _noted(run: Run, out: Path) -> Iterator[None]:
+    """Behind the block the run's merges.json and report.html tell of the merged model, verified or not."""
+    from luthier.models.adapters import MERGE_NOTE
+    from luthier.report import write_report
+
+    try:
+        yield
+    finally:
+        note = json.loads((out / MERGE_NOTE).read_text("utf-8"))
+        line = {key: note.get(key) for key in ("dtype", "verified", "figures", "quantised")}
+        known = read_json(run.folder.merges) or []
+        write_json(run.folder.merges, [*known, {"out": str(out), "time": round(time.time(), 3), **line}])
+        write_report(run.folder)
 
 
 def export(run: Run, out: Path, *, say: Say = print) -> None:
@@ -258,15 +285,21 @@ def export(run: Run, out: Path, *, say: Say = print) -> None:
     write(hub.model_path(model.name, model.revision, Path.cwd(), say), result_folder(run), out, say=say)
 
 
-def quickstart(folder: Path, *, say: Say = print) -> Run:
-    """The journey of the README in `folder`: copy, look, train, compare, merge, verify. Errors: RunError."""
+def quickstart(
+    folder: Path, *, say: Say = print, screen: Callable[[], AbstractContextManager[dict[str, Any]]] | None = None
+) -> Run:
+    """The journey of the README in `folder`: copy, look, train, compare, merge, verify. Errors: RunError.
+
+    `screen` gives what else `train` is told of how the run is shown.
+    """
     quiet()
     began = time.monotonic()
     recipe = _copied(folder, say)
     _heading(say, "1 · The data as the model sees it", f"luthier look {recipe.name}")
     look(recipe, rows=2, say=say)
     _heading(say, "2 · Training", f"luthier train {recipe.name}")
-    run = train(recipe, say=say)
+    with screen() if screen else nullcontext({"say": say}) as how:
+        run = train(recipe, **how)
     if run.outcome is not None and run.outcome.stopped is not None:
         return run
     shown = run.folder.path.relative_to(folder)

@@ -14,5 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in words: 12.3 MiB, 1.4 GiB."""
+    """Bytes in words: 35.2 KiB, 12.3 MiB, 1.4 GiB."""
+    if count < 2**20:
+        return f"{count / 2**10:.1f} KiB"
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

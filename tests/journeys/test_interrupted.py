@@ -75,9 +75,10 @@ def test_a_closed_terminal_stops_it_as_well(here: Path, devices: str) -> None:
         cwd=here, env=ENVIRONMENT, **pipes,
     )  # fmt: skip
     os.close(theirs)
-    said = b""
-    while b"step" not in said.replace(b"steps", b""):
+    metrics, said = here / "runs" / name / "metrics.jsonl", b""
+    while not metrics.exists() or '"step": 2' not in metrics.read_text():
         said += os.read(ours, 1000)
+    assert "│ eval loss" in said.decode(errors="replace")  # the panel was there
     os.close(ours)
     process.wait(timeout=60)
     status = json.loads((here / "runs" / name / "status.json").read_text())

@@ -17,7 +17,7 @@ from luthier.training import pulse as module
 from luthier.training.monitor import Facts, Monitor
 
 KEYS = ["state", "phase", "step", "steps", "steps_per_epoch", "usual", "seconds", "left", "memory_gib", "time"]
-KEYS += ["progress", "hung", "pid", "born", "place", "gpu", "message"]
+KEYS += ["progress", "hung", "stopping", "pid", "born", "place", "gpu", "message"]
 CARD = [{"name": "a card", "index": 0, "memory_gib": 14.5, "temperature": 79}]
 
 
@@ -53,7 +53,7 @@ def test_it_says_at_once_who_runs_and_goes_on_by_itself(tmp_path, quick):
     first = status(folder)
     assert list(first) == KEYS
     assert (first["state"], first["phase"], first["step"], first["steps"]) == ("running", "starting", 0, 9)
-    assert (first["pid"], first["place"], first["gpu"]) == (os.getpid(), place(), None)
+    assert (first["pid"], first["place"], first["gpu"]) == (os.getpid(), place(), CARD)
     assert first["born"] == psutil.Process().create_time() and 0.01 < first["memory_gib"] < 100
     until(lambda: status(folder)["time"] > first["time"] + 0.1)
     assert status(folder)["progress"] == first["progress"]  # it beats, and nothing is done

@@ -127,7 +127,7 @@ def test_the_refusal(disk: Disk) -> None:
         disk.check(123_456)
     needed = size(4 * disk.each.checkpoint + disk.each.result)
     assert str(caught.value) == (
-        f"{disk.folder.path}: the disk has 0.1 MiB free, and the run needs up to {needed}: 4 checkpoints of "
+        f"{disk.folder.path}: the disk has 120.6 KiB free, and the run needs up to {needed}: 4 checkpoints of "
         f"{checkpoint} (3 kept and a new one) and an adapter of {result}; lower train.keep, free some space, or train "
         "in a folder on another disk"
     )
@@ -155,11 +155,11 @@ def test_full_fine_tuning_needs_its_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert each.result == weights and 3 * weights < each.checkpoint < 3 * weights + 60_000
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=0))
-    with pytest.raises(RunError, match=r" and a model of 0\.1 MiB; lower train\.keep, free some space"):
+    with pytest.raises(RunError, match=r" and a model of 75\.9 KiB; lower train\.keep, free some space"):
         check_room(folder, model, parameters, model.save_pretrained, TrainSection(), "full", 1000, 25)
 
 
 def test_sizes_in_words() -> None:
-    assert [size(n) for n in (0, 2**20, 850 * 2**20 + 2**19, 2**30, 1500 * 2**30)] == [
-        "0.0 MiB", "1.0 MiB", "850.5 MiB", "1.0 GiB", "1,500.0 GiB",
+    assert [size(n) for n in (0, 34_000, 2**20, 850 * 2**20 + 2**19, 2**30, 1500 * 2**30)] == [
+        "0.0 KiB", "33.2 KiB", "1.0 MiB", "850.5 MiB", "1.0 GiB", "1,500.0 GiB",
     ]  # fmt: skip

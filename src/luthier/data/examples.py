@@ -12,6 +12,7 @@ from luthier.data.cache import Store
 from luthier.data.encode import Example
 from luthier.data.formats import Format
 
+BARS = 24  # of a histogram
 OK, CUT, TOO_LONG, BAD = range(4)  # a row's fate, as the cache holds it
 
 
@@ -83,3 +84,9 @@ class Examples:
     def _at(self, i: int) -> tuple[Store, int]:
         number, row = self.chosen[i]
         return self.sources[int(number)].store, int(row)
+
+
+def spread(lengths: np.ndarray) -> tuple[list[int], list[int]]:
+    """A histogram of lengths: counts, and one edge more. Its bars grow in width, as lengths spread over magnitudes."""
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, BARS + 1).round().astype(int))
+    return np.histogram(lengths, edges)[0].tolist(), edges.tolist()

@@ -14,14 +14,13 @@ import numpy as np
 
 from luthier.data.duplicates import MOST_ROWS, drawn, near_pairs
 from luthier.data.encode import Encoder, Example
-from luthier.data.examples import Examples
+from luthier.data.examples import Examples, spread
 from luthier.data.pieces import Piece, pieces
 from luthier.data.prepare import Data
 from luthier.data.sources import Rejected
 from luthier.sections import DataSection
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
-BARS = 24  # of a histogram
 NAMED = 4  # rows that a check names
 T = TypeVar("T")
 
@@ -148,11 +147,9 @@ def _lengths(train: Examples, edges: Sequence[Edge], section: DataSection) -> li
 
 
 def _spread(what: str, lengths: np.ndarray) -> Lengths:
-    """Percentiles are lengths that occur (nearest rank); the bars grow in width, as lengths spread over magnitudes."""
+    """Percentiles are lengths that occur (nearest rank)."""
     percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
-    low, high = percentiles[0], percentiles[-1] + 1
-    edges = np.unique(np.geomspace(low, high, BARS + 1).round().astype(int))
-    return Lengths(what, percentiles, np.histogram(lengths, edges)[0].tolist(), edges.tolist())
+    return Lengths(what, percentiles, *spread(lengths))
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

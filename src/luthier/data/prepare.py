@@ -20,7 +20,7 @@ from luthier import hub
 from luthier.data.cache import SCHEMA, cached, key_of
 from luthier.data.cut import excess, shorten
 from luthier.data.encode import Encoded, Encoder, digest
-from luthier.data.examples import BAD, CUT, OK, TOO_LONG, Examples, Source
+from luthier.data.examples import BAD, CUT, OK, TOO_LONG, Examples, Source, spread
 from luthier.data.formats import BadRow, Conversation, Format, recognise, to_conversation
 from luthier.data.sources import Rejected, Row, fingerprint, open_source, source_files
 from luthier.data.split import eval_part, ranges, sampled, usable
@@ -342,6 +342,7 @@ def _report(
         "train_tokens": int(kept.lengths.sum()),
         "supervised_tokens": int(kept.supervised.sum()),
         "longest": int(kept.lengths.max()),
+        "lengths": dict(zip(("counts", "edges"), spread(kept.lengths), strict=True)),
         "bad": fates[BAD],
         "dropped_for_length": fates[TOO_LONG],
         "cut": fates[CUT],

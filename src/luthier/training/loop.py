@@ -76,6 +76,7 @@ def train(
         stoppable() as stop,
         dropout.keyed(model, section.seed) as dropping,
     ):
+        monitor.pulse.stop = lambda: stop.signal
         training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, world, resume, ask)
         training.settle(resume is None, dropping, proof)
         state, held_out = training.state, data.eval
@@ -225,7 +226,8 @@ class Training:
             tried.checkpoint(self.folder.path, lambda folder: self.save(folder, generators))
             if self.ask is not None:
                 tried.answer(self.ask)
-            self.say(tried.line(disk))
+            for line in tried.lines(disk):
+                self.say(line)
 
     def due(self, every: int | Literal["epoch"]) -> bool:
         """Is this the step for it? The last one always is."""

@@ -30,7 +30,7 @@ KNOBS = "train.activation_checkpointing: true, a smaller data.max_length or mode
 
 
 class Preflight:
-    """Tries out what a run will do and keeps what it took, for one line. Nothing of it changes the run's numbers."""
+    """Tries out what a run will do and keeps what it took, for two lines. Nothing of it changes the run's numbers."""
 
     def __init__(self, gradients: Gradients) -> None:
         self.gradients, self.device = gradients, gradients.world.device
@@ -69,27 +69,27 @@ class Preflight:
         with torch.no_grad():
             self.gradients.loss(part).item()
         model.train()
-        self.found.append(f"evaluation of {part.ids.size:,} {_took(began)}")
+        self.found.append(f"evaluation {_took(began)}")
 
     def checkpoint(self, folder: Path, save: Callable[[Path], Any]) -> None:
         """A whole checkpoint, written into `folder` and removed."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter.") as trial:
             save(Path(trial))
-            self.found.append(f"checkpoint of {size(bytes_in(Path(trial)))} {_took(began)}")
+            self.found.append(f"checkpoint {size(bytes_in(Path(trial)))} {_took(began)}")
 
     def answer(self, ask: Callable[[int], Any]) -> None:
         """An answer of two tokens."""
         began = time.monotonic()
         ask(2)
-        self.found.append(f"an answer {_took(began)}")
+        self.found.append(f"answer {_took(began)}")
 
-    def line(self, disk: str) -> str:
+    def lines(self, disk: str) -> list[str]:
         """What was tried and what it took. `disk`: what of it the run will take at most."""
         memory = f"{size(free_memory(self.device))} of memory free"
         if self.device.type == "cuda":
-            memory = f"at most {size(torch.cuda.max_memory_allocated(self.device))} of memory, {memory}"
-        return f"preflight: {', '.join(self.found)}; {memory}; {disk}"
+            memory = f"{size(torch.cuda.max_memory_allocated(self.device))} of memory at most, {memory}"
+        return [f"preflight: {', '.join(self.found)}", f"preflight: {memory}; {disk}"]
 
     def _largest(self, examples: Examples, rows: np.ndarray, tokens_per_pass: int) -> Pass:
         """Of some of these rows, which are the longest first: enough to fill a pass."""
@@ -117,7 +117,7 @@ class Preflight:
 
 def _took(began: float) -> str:
     seconds = time.monotonic() - began
-    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2f} s"
 
 
 def _longest(examples: Examples) -> np.ndarray:

@@ -39,6 +39,8 @@ class Pulse:
         self.me = psutil.Process()
         self.facts: dict[str, Any] = {}
         self.phase: Phase = "starting"
+        self.stop: Callable[[], int | None] = lambda: None
+        """The signal, if any, that has asked the run to stop after its step: a second one would end it at once."""
         self.progressed = time.time()
         self.gpu: list[dict[str, Any]] | None = None
         self.lock, self.over = threading.Lock(), threading.Event()
@@ -48,6 +50,7 @@ class Pulse:
         """The first beat, with what is known; from now on there is one every EVERY seconds until `end`."""
         self.tell(**facts)
         if self.writes and self.thread is None:
+            self.gpu = self.gpus()
             self.beat()
             self.thread = threading.Thread(target=self._beat_on, name="pulse", daemon=True)
             self.thread.start()
@@ -106,6 +109,7 @@ class Pulse:
             "time": round(time.time(), 3),
             "progress": round(self.progressed, 3),
             "hung": state == "running" and self.hung,
+            "stopping": state == "running" and self.stop() is not None,
             "pid": os.getpid(),
             "born": self.me.create_time(),
             "place": place(),

@@ -1,0 +1,35 @@
+"""What every verb's command line has: its words, and how a line is said."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.training.launch import rank
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
+
+
+def say(line: str) -> None:
+    """A line for the screen, at once; of several processes (under torchrun) the first one's alone."""
+    if rank() != 0:
+        return
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        # The terminal was closed: nobody reads on, and SIGHUP, which came with it, stops a run after its step.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def aside(line: str) -> None:
+    """A line that is no part of the verb's output."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,258 @@
+"""report.html: one self-contained page about a run, from its folder alone and in whatever state it is. No torch.
+
+What the folder does not hold (no evaluation, no comparison, no GPU) has no place on the page.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from luthier import charts
+from luthier.curves import curves
+from luthier.folder import RunFolder, read_json, write_atomic
+from luthier.history import History, read_history
+from luthier.html import Html, figures, join, page, tag
+from luthier.recipe import load_recipe
+from luthier.replies import Comparison
+from luthier.reportparts import data_part, merges_part, proof_part, recipe_part, share
+from luthier.sections import Recipe
+from luthier.sidebyside import STYLE as SIDES
+from luthier.sidebyside import flips_first, marked, side_table, summary
+from luthier.words import duration
+
+OPEN_ROWS = 10  # held-out rows shown at once, flips first; the others unfold
+SAMPLES = 10  # replies to one prompt; of more evaluations, as many evenly spread
+STYLE = """
+.state { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .65rem; font-size: .85rem;
+  font-weight: 600; margin-right: .6rem; color: var(--good) }
+.state.failed, .state.dead { color: var(--bad) } .state.running, .state.stopped { color: var(--ink) }
+section > h3 { margin-top: 1.4rem }
+.note { border-left: .25rem solid var(--line) } .note.failed, .note.dead { border-color: var(--bad) }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 1.4rem 2rem }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .8rem }
+.samples .panel { margin: 0 } .samples tr:last-child td { border-bottom: 0 }
+.samples td:first-child { white-space: nowrap; width: 1%; color: var(--soft); font-variant-numeric: tabular-nums }
+.figures div { max-width: 13rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 2.5rem;
+  margin: 0 }
+.facts div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
+  padding: .3rem 0 }
+.facts dd { margin: 0; text-align: right; overflow-wrap: anywhere }
+.keys td:first-child { white-space: nowrap; width: 1%; padding-right: 1.5rem } .keys { max-width: 60rem }
+.keys td:last-child { color: var(--soft) }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0 0 }
+@media (max-width: 30rem) { .figures { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem 1rem }
+  .figures dd { font-size: 1.15rem } }
+@media print { h2 { break-after: avoid } .pictures { grid-template-columns: 1fr 1fr } }
+"""
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write report.html into the run folder, atomically. Errors: those of `report_html`."""
+    path = folder.path / "report.html"
+    write_atomic(path, report_html(folder))
+    return path
+
+
+def report_html(folder: RunFolder) -> str:
+    """The page. Errors: RecipeError where recipe.yaml is none that this version of Luthier reads."""
+    history, recipe = read_history(folder), load_recipe(folder.recipe, check_files=False)
+    names = ("environment", "data", "proof", "compare", "merges")
+    environment, data, proof, compared, merges = (read_json(folder.path / f"{name}.json") for name in names)
+    comparison = Comparison.from_json(compared) if compared else None
+    parts = [
+        _note(history),
+        figures(_headline(history, comparison, environment or {})),
+        _section("Curves", *_curves(history)) if history.metrics else "",
+        _section("Samples on the way", *_samples(history.samples)) if history.samples else "",
+        _section("Base against tuned", *_comparison(comparison)) if comparison else "",
+        _section("Recipe", *recipe_part(recipe, folder)),
+        _section("Data", *data_part(data, folder)) if data else "",
+        _section("Proof of the engine", *proof_part(proof)) if proof else "",
+        _section("Merged models", *merges_part(merges)) if merges else "",
+        _section("Time and energy", _facts(_spent(history))) if history.seconds is not None else "",
+        _section("Environment", _facts(_environment(environment, history))) if environment else "",
+    ]
+    about = join([_when(history), tag("br"), _what(recipe)])
+    return page(folder.name, about, *parts, style=SIDES + charts.STYLE + STYLE)
+
+
+def _section(title: str, *parts: str) -> Html:
+    return tag("section", tag("h2", title), *parts)
+
+
+def _facts(pairs: Iterator[tuple[str, str]]) -> Html:
+    """Small facts, each a name and a value, in as many columns as there is room for."""
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_="facts")
+
+
+# -- the head --------------------------------------------------------------------------------------------------------
+
+
+def _when(history: History) -> Html:
+    chip = tag("span", history.state, class_=f"state {history.state}")
+    start = history.metrics[0]["time"] if history.metrics else history.status.get("time")
+    told = [] if start is None else [f"begun {datetime.fromtimestamp(start).astimezone():%d %B %Y, %H:%M (%Z)}"]
+    told += [f"step {history.step:,} of {history.steps:,}"] if history.steps else []
+    return join([chip, " · ".join(told)])
+
+
+def _what(recipe: Recipe) -> str:
+    model, method = recipe.model, recipe.method
+    name = model.name if ":" in model.name else Path(model.name).name
+    held = "" if model.quantize == "none" else f", held in {getattr(model.quantize, 'kind', model.quantize)}"
+    if method.kind == "full":
+        return f"{name}{held} · every weight trained"
+    target = {"auto": "every linear layer", "all_linear": "every linear layer"}.get(str(method.target))
+    return f"{name}{held} · LoRA of rank {method.r}, alpha {method.alpha:g}, on {target or ', '.join(method.target)}"
+
+
+def _note(history: History) -> Html:
+    """How the run stands, in a sentence: what was kept, why it failed, how it goes on."""
+    said, state = history.status.get("message") or "", history.state
+    if state == "running":
+        left = f", about {duration(history.left)} left" if history.left is not None else ""
+        said = f"It runs ({history.status['phase']}{left}): this page shows how far it had come when it was made."
+        if history.hung is not None:
+            said += f" There has been no sign of progress for {duration(history.hung)}."
+    elif state == "dead":
+        said = "Its process is gone, and could not say why."
+    elif state == "done":
+        return tag("p", f"Kept: {said}", class_="soft") if said else Html("")
+    parts = [said] if state == "running" else [said, tag("br"), history.folder.standing()]
+    return tag("p", *parts, class_=f"panel note {state}")
+
+
+def _headline(
+    history: History, comparison: Comparison | None, environment: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """The figures that matter, each as (value, name)."""
+    evals, best = history.eval_losses, history.best_eval
+    if best is not None:
+        yield f"{evals[0][1]:.3g} → {best[1]:.3g}", f"held-out loss, first → best (step {best[0]:,})"
+    elif history.last is not None:
+        yield f"{history.last['loss']:.3g}", "loss of the last step"
+    if comparison is not None and comparison.held_out:
+        yield summary(comparison)[0]
+    if (taught := history.supervised_share) is not None:
+        yield f"{_tokens(history):,}", f"tokens trained on, {share(taught)} of them taught"
+    if model := environment.get("model"):
+        yield share(model["trainable"] / model["parameters"]), f"of {model['parameters']:,} parameters trained"
+    if history.seconds is not None:
+        yield duration(history.seconds), "training time"
+    if (energy := _energy(history)) is not None:
+        yield f"{energy:,.3g} Wh", "energy of the GPUs"
+
+
+def _tokens(history: History) -> int:
+    return sum(line["tokens"] or 0 for line in history.metrics)
+
+
+def _energy(history: History) -> float | None:
+    """Watt hours of all GPUs; None where none tells."""
+    told = [gpu["energy_wh"] for gpu in _gpus(history) if gpu["energy_wh"] is not None]
+    return sum(told) if told else None
+
+
+def _gpus(history: History) -> list[dict[str, Any]]:
+    return next((line["gpu"] for line in reversed(history.metrics) if line["gpu"]), [])
+
+
+# -- what happened on the way ----------------------------------------------------------------------------------------
+
+
+def _curves(history: History) -> Iterator[Html]:
+    yield tag("p", "Thin lines are single steps, thick ones their moving mean. Point at one to read it.", class_="soft")
+    yield tag("div", *curves(history), class_="pictures")
+
+
+def _samples(lines: Sequence[dict[str, Any]]) -> Iterator[Html]:
+    """For each prompt the replies of the evaluations; words that the reply before did not have are marked."""
+    prompts: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines:  # the last word of a step counts: a run that was killed may have said it twice
+        prompts.setdefault(json.dumps(line["prompt"]), {})[line["step"]] = line
+    yield tag("p", "Words are marked that the reply above does not have.", class_="soft")
+    yield tag("div", *(_replies(sorted(said.items())) for said in prompts.values()), class_="samples")
+
+
+def _replies(said: list[tuple[int, dict[str, Any]]]) -> Html:
+    spread = said if len(said) <= SAMPLES else [said[i * (len(said) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
+    rows: list[tuple[list[int], dict[str, Any]]] = []
+    for step, line in spread:  # the same words again are no new row
+        if rows and rows[-1][1]["reply"] == line["reply"]:
+            rows[-1][0].append(step)
+        else:
+            rows.append(([step], line))
+    before = [None, *(line["reply"] for _, line in rows)]
+    cells = [
+        (_steps(steps), join([marked(line["reply"], since), *_unstopped(line)]))
+        for (steps, line), since in zip(rows, before, strict=False)
+    ]
+    more = [tag("p", f"{len(spread)} of {len(said)} evaluations", class_="soft")] if len(spread) < len(said) else []
+    body = tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in cells))
+    return tag("div", _prompt(said[0][1]["prompt"]), tag("table", body), *more, class_="panel")
+
+
+def _prompt(prompt: str | list[dict[str, str]]) -> Html:
+    if isinstance(prompt, str):
+        return tag("h3", prompt, class_="text")
+    turns = [join([tag("span", f"{turn['role']}: ", class_="soft"), turn["content"], "\n"]) for turn in prompt]
+    return tag("h3", *turns, class_="text")
+
+
+def _steps(steps: Sequence[int]) -> str:
+    first = "before" if steps[0] == 0 else f"{steps[0]:,}"
+    return first if len(steps) == 1 else f"{first} – {steps[-1]:,}"
+
+
+def _unstopped(line: dict[str, Any]) -> list[Html]:
+    return [] if line["stopped"] else [tag("div", "did not stop", class_="soft")]
+
+
+def _comparison(comparison: Comparison) -> Iterator[Html]:
+    """The figures, the prompts, the most telling held-out rows; the others fold."""
+    yield figures(summary(comparison))
+    yield tag("p", "What the tuned model wrote and the base did not is marked.", class_="soft")
+    if comparison.prompts:
+        yield side_table(comparison.prompts)
+    held = flips_first(comparison.held_out)
+    if held:
+        yield tag("h3", "Held-out rows, answered greedily")
+        yield side_table(held[:OPEN_ROWS])
+    if rest := held[OPEN_ROWS:]:
+        yield tag("details", tag("summary", f"{len(rest):,} more held-out rows"), side_table(rest))
+
+
+# -- time and place --------------------------------------------------------------------------------------------------
+
+
+def _spent(history: History) -> Iterator[tuple[str, str]]:
+    assert history.seconds is not None
+    yield "training time in all", duration(history.seconds)
+    steps = [line["tokens"] / line["tokens_per_second"] for line in history.metrics if line["tokens_per_second"]]
+    if steps:
+        median, inside = statistics.median(steps), min(sum(steps), history.seconds)
+        yield "a step, median", f"{median:.3g} s" if median < 60 else duration(median)
+        yield "steps alone", f"{duration(inside)} ({share(inside / max(history.seconds, 1e-9))})"
+        yield "evaluations, samples, checkpoints", duration(history.seconds - inside)
+        yield "tokens a second, in the steps", f"{_tokens(history) / sum(steps):,.0f}"
+    if memory := history.series("memory_gib"):
+        yield "peak memory", f"{max(value for _, value in memory):.3g} GiB"
+    if (energy := _energy(history)) is not None:
+        yield "energy of the GPUs", f"{energy:,.3g} Wh"
+        if tokens := _tokens(history):
+            yield "energy a token trained on", f"{3600 * energy / tokens:.3g} J"
+
+
+def _environment(environment: dict[str, Any], history: History) -> Iterator[tuple[str, str]]:
+    for name, value in environment.items():
+        if not isinstance(value, dict):
+            yield name, str(value)
+    for gpu in _gpus(history):
+        memory = f", {gpu['memory_total_gib']:.3g} GiB" if gpu["memory_total_gib"] else ""
+        yield f"GPU {gpu['index']}", f"{gpu['name']}{memory}"

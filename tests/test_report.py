@@ -1,0 +1,398 @@
+"""The report of a run, from a folder that was written by hand: every part, every state, and what is not there."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.folder import RunFolder
+from luthier.history import place
+from luthier.recipe import load_recipe, save_recipe
+from luthier.replies import Comparison, Pair, Question, Reply
+from luthier.report import report_html, write_report
+
+EVIL = "<script>alert(1)</script> \x1b[31m 春"
+BEGAN = 1_795_291_000.0
+
+
+@dataclass
+class Read(HTMLParser):
+    """The page as a reader has it: its text by section, the rows of its tables, its figures."""
+
+    page: str
+    sections: dict[str, str] = field(default_factory=dict)
+    rows: list[list[str]] = field(default_factory=list)
+    figures: dict[str, str] = field(default_factory=dict)
+    marked: list[str] = field(default_factory=list)
+    elements: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.value = self.here = ""
+        self.feed(self.page)
+        self.sections[""] = self.sections[""].strip()
+        assert self.open == []
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.add(name)
+        if name not in ("meta", "br"):
+            self.open.append(name)
+        if name == "h2":
+            self.here = ""
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            self.rows[-1].append("")
+        if name == "mark":
+            self.marked.append("")
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.here += data
+        elif not {"style", "title"} & set(self.open):
+            self.sections[self.here] = self.sections.get(self.here, "") + data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+        if "mark" in self.open:
+            self.marked[-1] += data
+        if self.open[-1:] == ["dd"]:
+            self.value = data
+        if self.open[-1:] == ["dt"]:
+            self.figures.setdefault(data, self.value)
+
+
+def lines(path: Path, values: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+
+
+def step(number: int, **given: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    trained = {"loss": 4.0 / number, "lr": 1e-3, "grad_norm": 0.5, "tokens": 1000, "supervised": 250} if number else {}
+    keys = (
+        "loss",
+        "eval_loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised",
+        "rows",
+        "passes",
+        "tokens_per_second",
+        "gpu",
+    )
+    line = {"step": number, "epoch": number / 10, "time": BEGAN + number, "memory_gib": 1.5}
+    return line | dict.fromkeys(keys) | trained | ({"tokens_per_second": 2000.0} if number else {}) | given
+
+
+def status(**given: Any) -> dict[str, Any]:
+    ended = {"state": "done", "phase": "ended", "step": 10, "steps": 10, "steps_per_epoch": 10, "time": BEGAN + 20}
+    ended |= {"progress": BEGAN + 20, "hung": False, "usual": 0.5, "seconds": 10.0, "left": 0.0, "pid": 1, "born": 0.0}
+    return ended | {"place": place(), "memory_gib": 1.5, "gpu": None, "message": "best of step 10 by eval loss"} | given
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run that is done, with nothing beside what every run has."""
+    path = tmp_path / "town"
+    (path / "checkpoints" / "step-000010").mkdir(parents=True)
+    given = path / "given.yaml"
+    given.write_text(
+        "model: {name: hf:a/b}\ndata: {train: hf:c/d, max_length: 64}\nmethod: {r: 4, target: [q_proj, v_proj]}\n"
+        "train: {steps: 10, lr: 0.01}\ngenerate: {prompts: ['Who are you?', '你是谁？']}\n"
+    )
+    save_recipe(load_recipe(given), path / "recipe.yaml")
+    given.unlink()
+    metrics = [step(0, eval_loss=5.0), *(step(n) for n in range(1, 10)), step(10, eval_loss=0.25)]
+    lines(path / "metrics.jsonl", metrics)
+    (path / "status.json").write_text(json.dumps(status()))
+    return RunFolder(path)
+
+
+def put(folder: RunFolder, **parts: Any) -> Read:
+    """The report once these JSON files are in the folder."""
+    for name, value in parts.items():
+        (folder.path / f"{name}.json").write_text(json.dumps(value))
+    return Read(report_html(folder))
+
+
+def test_the_head_and_the_curves(folder: RunFolder) -> None:
+    read = put(folder, environment={"python": "3.11", "model": {"parameters": 2000, "trainable": 50}})
+    assert read.sections[""].startswith("towndonebegun ")
+    assert " · step 10 of 10" in read.sections[""]
+    assert "a/b · LoRA of rank 4, alpha 16, on q_proj, v_proj" in read.sections[""]
+    assert "Kept: best of step 10 by eval loss" in read.sections[""]
+    assert read.figures["held-out loss, first → best (step 10)"] == "5 → 0.25"
+    assert read.figures["tokens trained on, 25 % of them taught"] == "10,000"
+    assert read.figures["of 2,000 parameters trained"] == "2.5 %"
+    assert read.figures["training time"] == "10 s"
+    titles = re.findall(r"<figcaption><span><b>(.*?)</b>", read.page)
+    assert titles == ["loss", "learning rate", "gradient norm", "tokens a second", "peak memory, GiB"]
+    assert "<title>10\ntraining loss 0.4\nheld-out loss 0.25</title>" in read.page
+    assert list(read.sections) == ["", "Curves", "Recipe", "Time and energy", "Environment"]
+
+
+def test_what_the_recipe_says_otherwise_than_the_defaults(folder: RunFolder) -> None:
+    read = put(folder)
+    assert read.rows[1:] == [
+        ["model.name", "hf:a/b", "has none"],
+        ["data.train", "hf:c/d", "has none"],
+        ["data.max_length", "64", "2048"],
+        ["method.r", "4", "8"],
+        ["method.target", "q_proj\nv_proj", "auto"],
+        ["train.steps", "10", "null"],
+        ["train.lr", "0.01", "auto"],
+        ["generate.prompts", "Who are you?\n你是谁？", "[]"],
+    ]
+    assert folder.recipe.read_text("utf-8") in read.sections["Recipe"]
+
+
+def test_time(folder: RunFolder) -> None:
+    said = put(folder, status=status(seconds=12.5)).sections["Time and energy"]
+    assert "training time in all12 s" in said
+    assert "a step, median0.5 s" in said
+    assert "steps alone5 s (40 %)" in said
+    assert "evaluations, samples, checkpoints8 s" in said
+    assert "tokens a second, in the steps2,000" in said
+    assert "peak memory1.5 GiB" in said
+
+
+def test_energy_and_gpus(folder: RunFolder) -> None:
+    def gpu(index: int, number: int) -> dict[str, Any]:
+        known = {"name": "NVIDIA X", "index": index, "memory_gib": 14.5, "memory_total_gib": 23.7, "utilisation": 99}
+        asked = {"temperature": 60 + number, "temperature_limit": 90, "normal": True, "power_w": None}
+        return known | asked | {"energy_wh": 0.5 * number if index == 0 else 1.0}
+
+    lines(folder.metrics, [step(n, gpu=[gpu(0, n), gpu(1, n)]) for n in range(11)])
+    read = put(folder, environment={"device": "cuda:0"})
+    assert read.figures["energy of the GPUs"] == "6 Wh"
+    assert "energy a token trained on2.16 J" in read.sections["Time and energy"]
+    assert "GPU 1NVIDIA X, 23.7 GiB" in read.sections["Environment"].replace("\n", "")
+    titles = re.findall(r"<figcaption><span><b>(GPU .*?)</b>", read.page)
+    assert titles == ["GPU memory, GiB", "GPU temperature, °C", "GPU utilisation, %"]
+    assert "<title>10\nGPU 0 70\nGPU 1 70</title>" in read.page
+
+
+def test_samples_over_time(folder: RunFolder) -> None:
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": EVIL}]
+    said = {0: "我是模型。", 5: "我是甄嬛。", 8: "我是甄嬛。", 10: ""}
+    given = [{"step": n, "prompt": talk, "reply": text, "stopped": n != 5} for n, text in said.items()]
+    other = {"step": 10, "prompt": EVIL, "stopped": True}
+    lines(folder.samples, [*given, {**other, "reply": "told before it was killed"}, {**other, "reply": "told"}])
+    read = put(folder)
+    assert read.rows[:4] == [
+        ["before", "我是模型。"],
+        ["5 – 8", "我是甄嬛。did not stop"],
+        ["10", "(nothing)"],
+        ["10", "told"],
+    ]
+    assert read.marked == ["甄嬛"]
+    assert "system: Be brief.\nuser: <script>alert(1)</script> ␛[31m 春" in read.sections["Samples on the way"]
+    assert "script" not in read.elements
+
+
+def test_of_many_evaluations_a_few_are_shown(folder: RunFolder) -> None:
+    lines(folder.samples, [{"step": n, "prompt": "p", "reply": f"reply {n}", "stopped": True} for n in range(100)])
+    read = put(folder)
+    rows = [row for row in read.rows if row[1].startswith("reply ")]
+    assert [row[0] for row in rows] == ["before", "11", "22", "33", "44", "55", "66", "77", "88", "99"]
+    assert "10 of 100 evaluations" in read.sections["Samples on the way"]
+
+
+def reply(text: str) -> Reply:
+    return Reply(text, [7] * 4, True)
+
+
+def test_base_against_tuned(folder: RunFolder) -> None:
+    asked = Pair(Question("prompt 1", EVIL, [1]), reply("in the old town"), reply("in the new town"))
+    held = [Pair(Question(f"e:{n}", f"q{n}", [1], "yes"), reply("no"), reply("yes")) for n in range(12)]
+    lost = Pair(Question("e:99", "last", [1], "yes"), reply("yes"), reply("no"))
+    comparison = Comparison([asked, *held, lost], 12.5)
+    read = put(folder, compare=comparison.as_json())
+    assert read.figures["of 13 held-out rows answered exactly"] == "7.69 % → 92.3 %"
+    assert read.figures["rows right before, wrong now"] == "1"
+    assert read.figures["largest difference of a logit"] == "12.5"
+    rows = [row for row in read.rows if row[1] in ("✗ no", "✓ yes", "in the old town")]
+    assert rows[0] == [EVIL.replace("\x1b", "␛"), "in the old town", "in the new town"]
+    assert rows[1] == ["last= yese:99", "✓ yes", "✗ no"]
+    assert len(rows) == 14
+    assert read.marked[:2] == ["new", "no"]
+    assert "3 more held-out rows" in read.sections["Base against tuned"]
+    assert Comparison.from_json(json.loads(json.dumps(comparison.as_json()))) == comparison
+
+
+DATA = {
+    "sources": [
+        {"path": "/far/away/train.jsonl", "part": "train", "sha256": "ab" * 32, "rows": 9, "weight": 2.0}
+        | {"format": "alpaca", "columns": {}, "how": "alpaca: prompt = instruction"}
+    ],
+    "template": "auto",
+    "end_ids": [2],
+    "today": "2026-11-21",
+    "train_rows": 6,
+    "eval_rows": 1,
+    "longest": 50,
+    "train_tokens": 200,
+    "supervised_tokens": 50,
+    "bad": 1,
+    "dropped_for_length": 2,
+    "cut": 0,
+    "answer_tokens_lost": 0,
+    "one_example_a_turn": 0,
+    "borders_encoded_apart": 0,
+}
+
+
+def test_data(folder: RunFolder) -> None:
+    rejected = [
+        ("no answer \u2028 here", EVIL),
+        ("12 tokens too long (76 in all)", ""),
+        ("1 tokens too long (65 in all)", ""),
+    ]
+    lines(
+        folder.rejected,
+        [{"file": "train.jsonl", "line": n, "reason": r, "row": row} for n, (r, row) in enumerate(rejected)],
+    )
+    read = put(folder, data=DATA | {"lengths": {"counts": [4, 2], "edges": [10, 25, 51]}})
+    assert read.figures["rows to train on"] == "6"
+    assert read.figures["tokens, 25 % of them taught"] == "200"
+    assert "<title>10 – 24: 4</title>" in read.page
+    assert ["train.jsonl", "train", "9", "2", "alpaca: prompt = instruction", "abababababab…"] in read.rows
+    assert ["1", "rows that could not be used, left out"] in read.rows
+    assert ["2", "rows too long, dropped"] in read.rows
+    assert ["… tokens too long (… in all)", "2", "train.jsonl:1"] in read.rows
+    assert ["no answer \u2028 here", "1", "train.jsonl:0\n<script>alert(1)</script> ␛[31m 春"] in read.rows
+    assert "script" not in read.elements
+
+
+def test_data_without_drops_and_lengths(folder: RunFolder) -> None:
+    read = put(folder, data=DATA | {"bad": 0, "dropped_for_length": 0})
+    assert "Every row was used, whole." in read.sections["Data"]
+    assert "histogram" not in re.sub(r"<style>.*?</style>", "", read.page, flags=re.S)
+
+
+PROOF = {
+    "path": "engine",
+    "tried": {"engine": {"loss": 2e-7, "difference": 1.9e-6, "of": "layers.0.q_proj"}},
+    "rows": ["t:1", "t:2"],
+    "gradients": 56,
+    "without_gradient": [],
+    "format": "fp32",
+    "dropout": True,
+    "tolerance": {"loss": 1e-4, "gradients": 1e-4},
+    "seconds": 0.25,
+}
+
+
+def test_proof(folder: RunFolder) -> None:
+    read = put(folder, proof=PROOF)
+    assert (
+        "The run took Luthier's engine. Before step 1 the loss and 56 gradients of 2 of its own rows (t:1, t:2)"
+        in (read.sections["Proof of the engine"])
+    )
+    assert "in fp32, dropout on; it took 0.2 s" in read.sections["Proof of the engine"]
+    assert ["engine", "1.9e-06", "1e-04", "layers.0.q_proj"] in read.rows
+    tried = {"engine": {"loss": 0.5, "difference": 0.5, "of": "x"}, "own_logits": {"reason": "cannot be packed"}}
+    read = put(folder, proof=PROOF | {"path": "plain", "tried": tried, "gradients": 0})
+    assert "took the plain path" in read.sections["Proof of the engine"]
+    assert "Before step 1 the loss of 2" in read.sections["Proof of the engine"]
+    assert ["own logits", "cannot be packed", "", ""] in read.rows
+
+
+def test_merges(folder: RunFolder) -> None:
+    figures = {"positions": 1004, "max_logit_difference": 1.3e-5, "mean_kl": 3.9e-14, "top1_agreement": 1.0}
+    merge = {"out": EVIL, "time": BEGAN, "dtype": "fp32", "verified": True, "figures": figures}
+    held = {"trained": {"quantize": "nf4"}, "figures": figures | {"max_logit_difference": None}, "reason": None}
+    unproven = {"out": "b", "time": BEGAN, "dtype": "bf16", "verified": None, "figures": None, "quantised": held}
+    read = put(folder, merges=[merge, unproven])
+    rows = read.rows[-4:] if read.rows[-4][0] == "folder" else read.rows[-3:]
+    assert rows[-3][0] == EVIL.replace("\x1b", "␛")
+    assert rows[-3][2:] == ["fp32", "✓ verified", "1.3e-05", "3.9e-14", "100 %", "1,004"]
+    assert rows[-2][2:] == ["bf16", "not verified", "–", "–", "–", "–"]
+    assert rows[-1][3:] == [
+        "beside the nf4 model that was trained (told, not judged)",
+        "–",
+        "3.9e-14",
+        "100 %",
+        "1,004",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"state": "failed", "message": f"the disk is full {EVIL}"},
+            "the disk is full <script>alert(1)</script> ␛[31m 春",
+        ),
+        ({"state": "stopped", "message": "stopped at step 10"}, "stopped at step 10newest checkpoint: step 10; go on"),
+        (
+            {"state": "running", "pid": 2**22 + 1},
+            "Its process is gone, and could not say why.newest checkpoint: step 10",
+        ),
+    ],
+    ids=["failed", "stopped", "dead"],
+)
+def test_what_is_said_of_a_run_that_is_not_done(folder: RunFolder, given: dict[str, Any], expected: str) -> None:
+    read = put(folder, status=status(**given))
+    assert expected in read.sections[""]
+    assert "Kept:" not in read.sections[""]
+    assert "script" not in read.elements
+
+
+def test_a_run_that_runs(folder: RunFolder) -> None:
+    import psutil
+
+    now = time.time()
+    alive = {"state": "running", "phase": "evaluating", "pid": psutil.Process().pid, "time": now, "progress": now - 95}
+    alive |= {"born": psutil.Process().create_time(), "left": 600.0, "hung": True}
+    read = put(folder, status=status(**alive))
+    assert re.search(r"It runs \(evaluating, about (10 min 00 s|9 min 5\d s) left\)", read.sections[""])
+    assert "There has been no sign of progress for 1 min 35 s." in read.sections[""]
+
+
+def test_a_run_that_has_hardly_begun(folder: RunFolder) -> None:
+    for path in (folder.metrics, folder.status):
+        path.unlink()
+    read = put(folder)
+    assert read.sections[""].startswith("towndead")
+    assert list(read.sections) == ["", "Recipe"]
+
+
+def test_nothing_comes_from_outside(folder: RunFolder) -> None:
+    path = write_report(folder)
+    assert path == folder.path / "report.html"
+    text = path.read_text("utf-8")
+    assert not re.search(r"https?:|src=|href=|url\(|@import|<link|<script", text)
+    assert "prefers-color-scheme: dark" in text
+    assert " id=" not in text  # two reports on one page, as in a notebook, do not get in each other's way
+    assert [file.name for file in folder.path.glob(".report*")] == []
+
+
+def test_a_long_run_is_a_small_page_and_quick(folder: RunFolder) -> None:
+    draw = random.Random(0)
+    lines(folder.metrics, [step(n, loss=draw.random(), grad_norm=draw.random()) for n in range(1, 100_001)])
+    began = time.process_time()
+    page = report_html(folder)
+    assert time.process_time() - began < 15
+    assert len(page.encode()) < 1_000_000
+    assert "<title>100,000\ntraining loss" in page
+
+
+def test_it_needs_no_torch() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pandas', 'pyarrow', 'numpy'}"
+    code = f"import sys\nimport luthier.report\nprint(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
