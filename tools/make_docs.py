@@ -47,7 +47,7 @@ A key of another tool, wherever it stands in a recipe, is answered with its tran
 def recipe_page() -> str:
     """The whole page, as Markdown."""
     sections = [name for name in keys_below(()) or [] if keys_below((name,))]
-    parts = [HEAD, "## Every key\n", _table(("key", "takes", "default", ""), [_row(("run",))])]
+    parts = [HEAD, "## Every key\n", _table(("key", "takes", "default", ""), [_row(("run",)), _row(("track",))])]
     for section in sections:
         parts += [f"### {section}\n", _about(node_of((section,))) + "\n", _keys((section,))]
         if section == "data":

@@ -31,7 +31,8 @@ def check(values: dict[str, Any]) -> tuple[Recipe, list[Problem]]:
     unknown = list(_unknown(values, schema(), ()))
     known = _sections_filled(_without(values, unknown))
     wrong = _wrong(known)
-    sound = _sections_filled(_without(known, [problem.key[:2] for problem in wrong]))
+    bad = [problem.key[: 2 if keys_below(problem.key[:1]) else 1] for problem in wrong]  # a key, whole, of any depth
+    sound = _sections_filled(_without(known, bad))
     sound["model"].setdefault("name", "?")
     sound["data"].setdefault("train", "?")
     return Recipe.model_validate(sound), [*(Problem(key, _unknown_key(key)) for key in unknown), *wrong]

@@ -318,7 +318,7 @@ def quickstart() -> None:
 
 @contextmanager
 def _screen() -> Iterator[dict[str, Any]]:
-    """How a run is shown while it trains, as `train` takes it: by a panel where the terminal can draw one, else lines."""
+    """How a run is shown while it trains, as `train` takes it: a panel where the terminal can draw one, else lines."""
     from rich.console import Console
 
     from luthier.panel import is_live, live

@@ -53,7 +53,10 @@ _PATTERN = 'data.text (a pattern over the columns, as in "Question: {question}\\
 _SUPERVISE = "data.supervise (answers, last_answer, or all for the prompt as well)"
 _RUN = "run (its folder is runs/<run>)"
 _RESUME = "nothing in the recipe; on the command line: luthier train RUN --resume"
-_TRACK = f"track, which is {LATER} (every step is in metrics.jsonl)"
+_TRACK = "track (a list of wandb, mlflow, swanlab and tensorboard)"
+_WANDB = "track (wandb in its list; the environment: WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME)"
+_MLFLOW = "track (mlflow in its list; the environment: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)"
+_SWANLAB = "track (swanlab in its list; the environment: SWANLAB_PROJ_NAME, SWANLAB_WORKSPACE)"
 _MERGE = "nothing in the recipe; on the command line: luthier merge RUN -o DIR"
 _TASK = "nothing to set (Luthier trains language models on answers)"
 
@@ -71,10 +74,19 @@ _TABLE: dict[str, tuple[str, str]] = {
     "resume_from_checkpoint": (_T, _RESUME),
     "resume_adapter_file": (_MLX, _RESUME),
     "report_to": (_T, _TRACK),
-    "use_wandb": (_LR, _TRACK),
-    "wandb": (_MLX, _TRACK),
-    "wandb_project": (_AX, _TRACK),
-    "use_swanlab": (_LF, _TRACK),
+    "logger_name": (_LG, _TRACK),
+    "metric_logger": (_TT, _TRACK),
+    "logging_dir": (_T, "track (tensorboard in its list; its files are in the run folder)"),
+    "use_wandb": (_LR, _WANDB),
+    "wandb": (_MLX, _WANDB),
+    "wandb_project": (f"{_AX}, {_AL}", _WANDB),
+    "wandb_entity": (_AX, _WANDB),
+    "wandb_name": (_AX, _WANDB),
+    "wandb_run_name": (_AL, _WANDB),
+    "mlflow_tracking_uri": (_AX, _MLFLOW),
+    "mlflow_experiment_name": (_AX, _MLFLOW),
+    "use_swanlab": (_LF, _SWANLAB),
+    "swanlab_project": (f"{_LF}, {_MS}", _SWANLAB),
     "plot_loss": (_LF, "nothing to set (every step is in metrics.jsonl)"),
     # model
     "model_name_or_path": (f"{_T}, {_LF}", _MODEL),
@@ -287,7 +299,6 @@ FUTURE_KEYS = (
     "method.init",
     "method.virtual_tokens",
     "demo",
-    "track",
 )
 """Keys of Luthier's own vocabulary that this version does not know yet."""
 

@@ -39,6 +39,7 @@ def standing(history: History) -> Fact:
 
 
 def progress(history: History, inner: int) -> Text:
+    """The step of all steps, with its bar."""
     step, steps = history.step, history.steps
     if steps is None:
         return Text("no step yet", SOFT)
@@ -143,6 +144,7 @@ def gpu_facts(gpu: dict[str, Any]) -> list[Fact]:
 
 
 def facts(history: History) -> list[Fact]:
+    """What is told by figures alone."""
     status, last, share = history.status, history.last or {}, history.supervised_share
     steps, epoch = history.steps, status.get("steps_per_epoch")
     passed, left = history.seconds, history.left
@@ -221,6 +223,7 @@ def curve(values: Sequence[float], width: int, height: int) -> tuple[float, floa
 
 
 def fact_line(fact: Fact) -> Text:
+    """A fact behind its name."""
     name, value = fact
     return Text.assemble((f"{name:<{LABEL}}", SOFT), value)
 
@@ -231,6 +234,7 @@ def energy(wh: float) -> str:
 
 
 def brief(seconds: float) -> str:
+    """A step's time: 0.14 s, 4.1 s, 2 min 05 s."""
     return duration(seconds) if seconds >= 60 else f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
 
 

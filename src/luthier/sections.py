@@ -286,3 +286,13 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     generate: GenerateSection = GenerateSection()
     merge: MergeSection = MergeSection()
+    track: list[Literal["wandb", "mlflow", "swanlab", "tensorboard"]] = []
+    """Trackers that get every step as well; one that is not installed, not logged in or out of reach is one warning.
+    Projects and servers: by the trackers' own environment variables, as WANDB_PROJECT."""
+
+    @field_validator("track")
+    @classmethod
+    def _trackers_are_apart(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("names a tracker twice")
+        return value

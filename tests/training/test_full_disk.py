@@ -182,9 +182,9 @@ def test_a_run_that_would_not_fit_is_refused_before_its_first_step(small_disk: P
     with pytest.raises(RunError) as caught:
         train(small_disk / "run", said.append)
     assert re.fullmatch(
-        rf"{small_disk / 'run'}: the disk has 28\d\.\d KiB free, and the run needs up to 4\d\d\.\d KiB: "
-        r"3 checkpoints of 13\d\.\d KiB \(2 kept and a new one\) and an adapter of 3\d\.\d KiB; lower train\.keep, free some space, or "
-        "train in a folder on another disk",
+        rf"{small_disk / 'run'}: the disk has 28\d\.\d KiB free, and the run needs up to 4\d\d\.\d KiB: 3 checkpoints "
+        r"of 13\d\.\d KiB \(2 kept and a new one\) and an adapter of 3\d\.\d KiB; lower train\.keep, free some space, "
+        "or train in a folder on another disk",
         str(caught.value),
     )
     assert not [line for line in said if line.startswith("step")]

@@ -109,10 +109,10 @@ def launch(
 ) -> Result:
     """Run `call(*arguments, say=…)` in `count` new processes; gives back what it gives back in the first of them.
 
-    Only the first one's lines come to `say`, and the folder of its run to `watch`. All of it goes through pickle: `call`
-    by its module and name. A signal of STOPS is passed on to all, once, and waited for without limit; a second one ends
-    everything. When one process fails the others are ended, and when this one dies they die. Errors: the LuthierError or
-    OSError that the first process to fail ended with; RunError where one was killed.
+    Only the first one's lines come to `say`, and the folder of its run to `watch`. All of it goes through pickle:
+    `call` by its module and name. A signal of STOPS is passed on to all, once, and waited for without limit; a second
+    one ends everything. When one process fails the others are ended, and when this one dies they die. Errors: the
+    LuthierError or OSError that the first process to fail ended with; RunError where one was killed.
     """
     port, workers, heard = _free_port(), list[Worker](), Heard()
     try:
