@@ -14,6 +14,8 @@ runs/<name>/
   compare.md, compare.html, compare.json
   merges.json        the models that it was merged into, and how far they were from it
   report.html        all of it on one page
+  trackers/          NAME.json: a tracker's own run, to go on in it
+  tensorboard/, wandb/, mlruns/, swanlab/   the trackers' files, where the environment names no other place
   .lock              held by the process that trains here
 """
 

@@ -18,7 +18,7 @@ from luthier.checks import check
 from luthier.conflicts import conflicts, idle
 from luthier.errors import DataError, RecipeError
 from luthier.folder import write_atomic
-from luthier.sections import DataSection, GenerateSection, Recipe
+from luthier.sections import DataSection, GenerateSection, Recipe, Section
 from luthier.vocabulary import Node, find, node_of, schema
 from luthier.yamlfile import Key, Problem, read_document, write_value
 
@@ -177,9 +177,10 @@ def _as_yaml(recipe: Recipe, mark_defaults: bool) -> str:
     def note(holder: Any, name: str) -> str:
         return "  # default" if mark_defaults and name not in holder.model_fields_set else ""
 
-    lines = _entry("run", recipe.run, note=note(recipe, "run"))
+    lines = list[str]()
     for section, holder in recipe:
-        if section == "run":
+        if not isinstance(holder, Section):
+            lines += _entry(section, holder, note=note(recipe, section))
             continue
         rows = [(name, value) for name, value in holder if f"{section}.{name}" not in silent]
         lines += [f"{section}:"] if rows else []
@@ -206,9 +207,9 @@ def _plain(value: Any) -> Any:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    sections = {section: holder for section, holder in recipe if section != "run"}
+    sections = {section: holder for section, holder in recipe if isinstance(holder, Section)}
     inner = {f"{section}.{name}": _plain(value) for section, holder in sections.items() for name, value in holder}
-    return {"run": recipe.run} | inner
+    return {name: value for name, value in recipe if name not in sections} | inner
 
 
 def _about(key: Key) -> str:

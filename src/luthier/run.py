@@ -195,6 +195,7 @@ def _monitor(folder: RunFolder, bench: Workbench, world: World, say: Say, *, sho
     """What reports the run: the first process, which reads the cards of all."""
     from luthier.training.gpu import cards, gpu_meter
     from luthier.training.monitor import Monitor
+    from luthier.training.trackers import start_trackers
 
     devices = bench.recipe.train.devices
     numbers = [number for number in devices if isinstance(number, int)] if isinstance(devices, list) else []
@@ -202,7 +203,9 @@ def _monitor(folder: RunFolder, bench: Workbench, world: World, say: Say, *, sho
     before = (read_json(folder.status) or {}).get("gpu")
     meter = gpu_meter(cards(numbers or [world.device.index or 0]), before) if on_gpu else None
     gpus = meter.read if meter else lambda: None
-    return Monitor(folder, bench.section, say, writes=world.leads, shown=shown, gpus=gpus)
+    settings = bench.recipe.model_dump(mode="json")
+    trackers = start_trackers(bench.recipe.track if world.leads else [], folder, settings, say)
+    return Monitor(folder, bench.section, say, writes=world.leads, shown=shown, gpus=gpus, trackers=trackers)
 
 
 def _recorded(begun: RunFolder | None, name: str, bench: Workbench, held: ExitStack) -> RunFolder:

@@ -41,6 +41,7 @@ def differing(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
 
 
 def recipe_of(history: History) -> Recipe:
+    """The resolved one of a run's folder. Errors: RecipeError where another version wrote it."""
     return load_recipe(history.folder.recipe, check_files=False)
 
 

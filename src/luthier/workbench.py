@@ -37,6 +37,7 @@ class Workbench:
 
 
 def workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -> Workbench:
+    """Load what the recipe names; `begun` is the run that goes on. Errors: those of `train` before it writes."""
     from luthier.data.batches import order_of
     from luthier.generate import check_prompts
     from luthier.models.adapters import attach

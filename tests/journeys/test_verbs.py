@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["LUTHIER_CACHE"] = str(folder / "cache")
     ENVIRONMENT["LUTHIER_CACHE"] = str(folder / "cache")
     begin(folder)
-    (folder / "train.txt").write_text(well(folder, "train", "town.yaml"))
+    (folder / "train.txt").write_text(well(folder, "train", "town.yaml", "track=[tensorboard]"))
     return folder
 
 
@@ -33,7 +33,7 @@ def test_a_run_leaves_what_the_design_says(trained: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         ".lock", "adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl", "proof.json",
-        "recipe.yaml", "rejected.jsonl", "samples.jsonl", "status.json",
+        "recipe.yaml", "rejected.jsonl", "report.html", "samples.jsonl", "status.json", "tensorboard", "trackers",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(9))

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from luthier.folder import RunFolder, write_atomic
 from luthier.history import RECENT, read_lines, usual_step
 from luthier.sections import TrainSection
 from luthier.training.pulse import Phase, Pulse
+from luthier.training.trackers import Trackers
 from luthier.words import duration
 
 GIB = 1024**3
@@ -38,14 +39,6 @@ class Facts:
     seconds: float
 
 
-class Tracked(Protocol):
-    """Where a run is followed from elsewhere (trackers.py): it gets what the run's own files get, and never fails."""
-
-    def log(self, line: dict[str, Any]) -> None: ...
-    def samples(self, lines: list[dict[str, Any]]) -> None: ...
-    def end(self, state: str) -> None: ...
-
-
 class Monitor:
     """Reports a run. `time` is seconds since 1970; `memory_gib` the peak so far, on the GPU where there is one.
 
@@ -62,11 +55,11 @@ class Monitor:
         writes: bool = True,
         shown: bool = True,
         gpus: Callable[[], list[dict[str, Any]] | None] = lambda: None,
-        trackers: Tracked | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.folder, self.log_every, self.say, self.writes, self.shown = folder, section.log_every, say, writes, shown
         self.pulse = Pulse(folder.status, say, gpus, writes=writes)
-        self.trackers = trackers
+        self.trackers = trackers or Trackers([], folder, {}, say)
         self.first = self.since = self.step = self.steps = 0
         self.steps_per_epoch = 1
         self.spent, self.started, self.began = 0.0, time.monotonic(), 0.0
@@ -87,6 +80,8 @@ class Monitor:
         if self.folder.samples.exists():
             samples = [line for line in read_lines(self.folder.samples) if step > 0 and line["step"] <= step]
             write_atomic(self.folder.samples, "".join(map(_json_line, samples)))
+        for line in lines:
+            self.trackers.log(line)  # what one of them has already, it drops
         self.pulse.start(**self._standing())
         return lines
 
@@ -134,27 +129,25 @@ class Monitor:
         }
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(_json_line(line))
-        if self.trackers is not None:
-            self.trackers.log(line)
+        self.trackers.log(line)
         self.beat()
 
     def record_samples(self, lines: list[dict[str, Any]]) -> None:
         """Replies of the model at this step, into samples.jsonl."""
         with self.folder.samples.open("a", encoding="utf-8") as file:
             file.write("".join(map(_json_line, lines)))
-        if self.trackers is not None:
-            self.trackers.samples(lines)
+        self.trackers.samples(lines)
 
     def beat(self) -> None:
         """A sign of progress: a pass is done, say."""
         self.pulse.tell()
+        self.trackers.listen()
 
     def end(self, state: Literal["done", "stopped", "failed"], message: str) -> None:
-        """The last word in status.json."""
+        """The last word in status.json, and to the trackers, which may take a while to finish."""
         self.pulse.tell(**self._standing())
+        self.trackers.end(state, {"step": self.step, "message": message})
         self.pulse.end(state, message)
-        if self.trackers is not None:
-            self.trackers.end(state)
 
     @contextmanager
     def told(self) -> Iterator[None]:
