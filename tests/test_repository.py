@@ -50,7 +50,7 @@ ORDER = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-UPWARD = {"run.py imports luthier.verbs"}  # a Run's methods are the verbs: imported when one is called
+UPWARD = {"run.py imports luthier.verbs", "replies.py imports luthier.notebook"}  # methods: imported when called
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 

@@ -18,6 +18,10 @@ class LuthierError(Exception):
 
     exit_status = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the one line, as the command line does."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RecipeError(LuthierError):
     """The recipe (or a `key=value` override) cannot be right."""

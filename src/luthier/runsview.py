@@ -263,6 +263,7 @@ def compared_in_words(figures: dict[str, Any]) -> str:
 
 
 def share(value: float) -> str:
+    """99.2 %"""
     return f"{100 * value:.3g} %"
 
 

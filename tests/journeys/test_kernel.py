@@ -144,3 +144,5 @@ def test_interrupt_is_a_clean_stop(kernel: Kernel, tmp_path: Path) -> None:
     assert kernel.run("threading.active_count() - before, 'torch' in sys.modules") == "(0, False)"
     assert kernel.run("run") == said
     assert kernel.shown is not None and "state stopped" in kernel.shown
+    said = kernel.run('luthier.train("quickstart/recipe.yaml", ["train.lr=-1"])')
+    assert said == "RecipeError: override: train.lr: must be a number > 0 or auto, is -1"

@@ -105,6 +105,19 @@ def test_metrics_are_cut_back_to_the_step_of_the_checkpoint(folder):
     assert folder.metrics.read_text() == ""
 
 
+def test_samples_are_cut_back_as_well(folder):
+    monitor = Monitor(folder, TrainSection(), lambda line: None)
+    monitor.begin(0, 10, 10)
+    assert not folder.samples.exists()
+    for step in (0, 4, 8):
+        monitor.record_samples([{"step": step, "prompt": "你好", "reply": str(step), "stopped": True}])
+    assert "你好" in folder.samples.read_text("utf-8")
+    Monitor(folder, TrainSection(), lambda line: None).begin(5, 10, 10)
+    assert [json.loads(line)["reply"] for line in folder.samples.read_text("utf-8").splitlines()] == ["0", "4"]
+    Monitor(folder, TrainSection(), lambda line: None).begin(0, 10, 10)
+    assert folder.samples.read_text() == ""
+
+
 def test_what_breaks_off_the_run_is_its_status(folder):
     monitor = Monitor(folder, TrainSection(), lambda line: None)
     monitor.begin(0, 9, 3)
