@@ -20,6 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44.0, 424.0, 10.0, 178.0  # of the lines' own field i
 MOST = 400  # points drawn of a series, however long the run
 STRIPS = 200  # places that say their values when pointed at, beside those with a dot
 SMOOTHED_FROM = 20  # points; fewer are not smoothed
+STEEP = 20  # times the least value: a greatest above it asks for a log scale
 TINY = 1e-300  # nothing on a logarithmic axis
 COLOURS = 4
 MARKERS = ("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-3-3h6v6h-6z", "M0-4L4 0L0 4L-4 0z", "M0-4L4 3H-4z")
@@ -101,6 +102,11 @@ def sparkline(values: Sequence[float]) -> Html:
 
 
 # -- points ----------------------------------------------------------------------------------------------------------
+
+
+def steep(values: Sequence[float]) -> bool:
+    """Do they ask for a log scale? On a linear one the end of such a curve is a flat line."""
+    return bool(values) and max(values) > STEEP * min(values) > 0
 
 
 def smoothed(points: Sequence[Point], log: bool = False) -> list[Point]:

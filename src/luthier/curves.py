@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from luthier.charts import Series, line_chart
+from luthier.charts import Series, line_chart, steep
 from luthier.history import History
 from luthier.html import Html
 
-WIDE_RANGE = 100
-"""Times the smallest loss: where the largest is more, a linear axis would show the end of the curve as a flat line."""
 OF_RUN: tuple[tuple[str, str, Literal["line", "smoothed"]], ...] = (
     ("lr", "learning rate", "line"),
     ("grad_norm", "gradient norm", "smoothed"),
@@ -27,8 +25,7 @@ OF_GPUS = {
 def curves(history: History) -> list[Html]:
     """A chart for everything that a run measures; a page that shows them needs `charts.STYLE`."""
     losses = [Series("training loss", history.losses, "smoothed"), Series("held-out loss", history.eval_losses, "dots")]
-    values = [value for one in losses for _, value in one.points]
-    wide = bool(values) and max(values) > WIDE_RANGE * min(values) > 0
+    wide = steep([value for one in losses for _, value in one.points])
     pictures = [line_chart(losses, x="step", y="loss", log=wide)]
     for key, name, style in OF_RUN:
         if points := history.series(key):

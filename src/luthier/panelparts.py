@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
-from luthier.charts import smoothed
+from luthier.charts import smoothed, steep
 from luthier.history import History
 from luthier.html import visible
 from luthier.words import duration
@@ -85,11 +86,12 @@ def losses(history: History, inner: int) -> list[Text]:
     if len(losses) < 2:
         return lines
     left = max(LABEL + 14, *(line.cell_len for line in lines)) + 2
-    low, high, rows = curve([loss for _, loss in losses], inner - left - 8, CURVE)
-    labels = [edge(high), *[""] * (CURVE - 2), edge(low)]
+    values = [loss for _, loss in losses]
+    low, high, rows = curve(values, inner - left - 8, CURVE, log=steep(values))
+    labels = [edge(high), "log" * steep(values), *[""] * (CURVE - 3), edge(low)]
     for line, label, row in zip(lines, labels, rows, strict=True):
         line.pad_right(left - line.cell_len)
-        line.append(f"{label:>6} {'┤' if label else '│'}", SOFT).append(row, ACCENT)
+        line.append(f"{label:>6} {'┤' if label not in ('', 'log') else '│'}", SOFT).append(row, ACCENT)
     return lines
 
 
@@ -200,8 +202,11 @@ def _question(sample: dict[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def curve(values: Sequence[float], width: int, height: int) -> tuple[float, float, list[str]]:
+def curve(values: Sequence[float], width: int, height: int, log: bool = False) -> tuple[float, float, list[str]]:
     """The values smoothed, as a line of braille dots `width` by `height` cells; (lowest, highest, the rows)."""
+    if log:
+        low, high, rows = curve([math.log(value) for value in values], width, height)
+        return math.exp(low), math.exp(high), rows
     across, up = 2 * width, 4 * height
     count = min(len(values), across)
     edges = [len(values) * i // count for i in range(count + 1)]
@@ -215,8 +220,8 @@ def curve(values: Sequence[float], width: int, height: int) -> tuple[float, floa
         left = int(place)
         value = heights[left] + (place - left) * (heights[min(left + 1, count - 1)] - heights[left])
         y = round((high - value) / (high - low) * (up - 1)) if high > low else up - 1
-        steep = range(min(y, before + 1), max(y, before - 1) + 1) if before is not None else (y,)
-        for dot in steep:
+        drop = range(min(y, before + 1), max(y, before - 1) + 1) if before is not None else (y,)
+        for dot in drop:
             cells[dot // 4][x // 2] |= DOTS[x % 2][dot % 4]
         before = y
     return low, high, ["".join(chr(BLANK + dots) if dots else " " for dots in row) for row in cells]

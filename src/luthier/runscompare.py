@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from luthier.charts import steep
 from luthier.folder import read_json
 from luthier.history import History
 from luthier.html import join, page, table, tag, visible
 from luthier.recipe import load_recipe
 from luthier.runs import disk_bytes, result_of
-from luthier.runsview import BOLD, SOFT, share, shortened, steep, written
+from luthier.runsview import BOLD, SOFT, share, shortened, written
 from luthier.sections import Recipe
 from luthier.words import duration, size
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from luthier.charts import steep
 from luthier.errors import RecipeError
 from luthier.folder import RunFolder, read_json
 from luthier.history import History
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # the list does without them
 SOFT, BOLD = "bright_black", "bold"
 COLOURS = {"running": "green", "done": "cyan", "stopped": "yellow", "dead": "red", "failed": "red"}
 BLOCKS = "▁▂▃▄▅▆▇█"
-STEEP = 20.0  # times the lowest loss: a highest above it asks for a logarithmic axis
 LONG = 300  # characters of a prompt or a reply
 SHOWN = 4  # samples
 OWN = ("run", "model.name", "data.train", "data.eval", "generate.prompts")
@@ -227,11 +227,6 @@ def blocks(values: Sequence[float], width: int, log: bool) -> str:
     heights = [math.log(mean) for mean in means] if log else means
     low, high = min(heights), max(heights)
     return "".join(BLOCKS[round((len(BLOCKS) - 1) * (height - low) / ((high - low) or 1))] for height in heights)
-
-
-def steep(values: Sequence[float]) -> bool:
-    """Do they ask for a logarithmic axis?"""
-    return min(values) > 0 and max(values) / min(values) > STEEP
 
 
 def _results(folder: RunFolder) -> Iterator[tuple[str, str | Text]]:
