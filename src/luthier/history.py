@@ -25,6 +25,8 @@ HUNG = 10.0
 """Times the usual step: so long without a pass done is a step that hangs."""
 AT_LEAST = 5.0
 """Seconds, at least, for a step to hang: ten times a step of 20 ms is a hiccup."""
+NEWEST = 20
+"""Steps that a running run's speed is the median of."""
 RECENT = 50
 """Steps that the usual one is the median of."""
 
@@ -93,10 +95,9 @@ class History:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken. A run that died may have taken one more than it could tell."""
+        """Optimizer steps taken: the newest line tells it, which status.json lags behind."""
         written = self.metrics[-1]["step"] if self.metrics else 0
-        told = int(self.status.get("step", written))
-        return max(told, written) if self.state == "dead" else told
+        return max(int(self.status.get("step", 0)), int(written))
 
     @property
     def steps(self) -> int | None:
@@ -133,6 +134,17 @@ class History:
         """Of the tokens trained on so far."""
         tokens = sum(line["tokens"] for line in self.metrics if line["tokens"])
         return sum(line["supervised"] for line in self.metrics if line["tokens"]) / tokens if tokens else None
+
+    @cached_property
+    def speed(self) -> float | None:
+        """Tokens a second: while a run runs the median of its newest steps, later its tokens by the time of its steps."""
+        steps = [line for line in self.metrics if line["tokens_per_second"]]
+        if not steps:
+            return None
+        if self.state == "running":
+            return statistics.median(line["tokens_per_second"] for line in steps[-NEWEST:])
+        tokens = sum(line["tokens"] for line in steps)
+        return float(tokens / sum(line["tokens"] / line["tokens_per_second"] for line in steps))
 
     @property
     def seconds(self) -> float | None:
@@ -202,9 +214,11 @@ def is_alive(status: dict[str, Any], now: float) -> bool:
 
 
 def place() -> str:
-    """Where a process's number means something: this machine, and in it this container."""
-    space = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {space.readlink()}" if space.is_symlink() else socket.gethostname()
+    """Where a process's number means something: this machine since it was started, and in it this container."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    known = [boot.read_text("ascii").strip()] if boot.is_file() else []
+    known += [str(space.readlink())] if space.is_symlink() else []
+    return " ".join([socket.gethostname(), *known])
 
 
 def hangs(waited: float, usual: float | None) -> bool:

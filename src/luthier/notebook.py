@@ -26,7 +26,7 @@ from luthier.history import Follower, History
 from luthier.html import STYLE as PAGE
 from luthier.html import Html, figures, join, table, tag
 from luthier.panelparts import NOTHING
-from luthier.replies import Comparison
+from luthier.replies import Comparison, said
 from luthier.sidebyside import HELD_OUT, ON_SCREEN, PROMPTS, flips_first, marked, side_table, summary
 from luthier.sidebyside import STYLE as SIDES
 from luthier.words import duration
@@ -217,13 +217,9 @@ def _samples(lines: Sequence[dict[str, Any]]) -> Html:
     for line in (line for line in lines if line["step"] == step):
         since = before.get(str(line["prompt"]))
         reply = join([marked(line["reply"], since), "" if line["stopped"] else tag("span", " …", class_="soft")])
-        rows.append([_question(line["prompt"]), *([marked(since or "")] if before else []), reply])
+        rows.append([said(line["prompt"]), *([marked(since or "")] if before else []), reply])
     head = [f"step {number:,}" if number else "before training" for number in (first, step)]
     return table(["prompt", *(head if before else head[1:])], rows, class_="sides" if before else "")
-
-
-def _question(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 # -- one cell --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from luthier import panelparts as parts
 from luthier.folder import RunFolder, read_json
 from luthier.history import Follower, History
 from luthier.html import visible
-from luthier.panelparts import NOTHING, SOFT
-from luthier.words import duration
+from luthier.panelparts import SOFT
+from luthier.words import eval_line, step_line
 
 NARROWEST, LOWEST = 60, 16  # of a terminal that a panel fits into
 TICK, SLOWEST = 0.3, 2.0  # seconds from look to look, at least and at most
@@ -112,6 +112,7 @@ class Screen:
             self.live = Live(console=self.console, auto_refresh=False)
             try:
                 self.live.start()
+                self.console.show_cursor(True)  # which a process that a signal ends could not give back
             except Exception:
                 self._give_up()
             else:
@@ -221,23 +222,16 @@ def _tail(folder: RunFolder, say: Callable[[str], None]) -> History:
 
 def told_of(line: dict[str, Any], history: History, every: int) -> list[str]:
     """What training prints of a line of metrics.jsonl, where it does so every so many steps."""
-    step, steps, epochs = line["step"], history.steps or 0, history.status["steps_per_epoch"]
-    place = f"{step:>{len(str(steps))}}/{steps}  epoch {step / epochs:{len(f'{steps / epochs:.2f}')}.2f}"
+    step, steps = line["step"], history.steps or 0
+    place = (step, steps, history.status["steps_per_epoch"])
     told = []
     if line["loss"] is not None and (step in (1, steps) or step % every == 0):
-        left = NOTHING if history.left is None else duration(history.left)
-        told.append(
-            f"step  {place}  loss {line['loss']:7.4f}  lr {line['lr']:.1e}  grad {line['grad_norm']:8.3g}"
-            f"  {line['tokens_per_second']:>9,.0f} tok/s  left {left}"
-        )
+        facts = (line["loss"], line["lr"], line["grad_norm"], line["tokens_per_second"])
+        told.append(step_line(place, *facts, history.left))
     if line["eval_loss"] is not None:
-        remark, best = (
-            "best so far",
-            min(((loss, at) for at, loss in history.eval_losses if 0 < at < step), default=None),
-        )
-        if step == 0:
-            remark = "before training"
-        elif best is not None and line["eval_loss"] >= best[0]:
+        remark = "before training" if step == 0 else "best so far"
+        best = min(((loss, at) for at, loss in history.eval_losses if 0 < at < step), default=None)
+        if best is not None and line["eval_loss"] >= best[0]:
             remark = f"not below {best[0]:.4f} of step {best[1]}"
-        told.append(f"eval  {place}  loss {line['eval_loss']:7.4f}  {remark}")
+        told.append(eval_line(place, line["eval_loss"], remark))
     return told

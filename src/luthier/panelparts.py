@@ -12,6 +12,7 @@ from rich.text import Text
 from luthier.charts import smoothed, steep
 from luthier.history import History
 from luthier.html import visible
+from luthier.replies import said
 from luthier.words import duration
 
 COLUMN = 50  # cells of the terminal for a column of facts
@@ -186,7 +187,7 @@ def samples(history: History, inner: int) -> list[Text]:
     turn = int(history.now / TURN) if history.state == "running" else 0
     first = turn * SAMPLES % len(newest) if len(newest) > SAMPLES else 0
     shown = (newest + newest)[first : first + min(SAMPLES, len(newest))]
-    prompts = [cropped(Text(plain(_question(sample)), SOFT), (inner - LABEL) * 2 // 5) for sample in shown]
+    prompts = [cropped(Text(plain(said(sample["prompt"])), SOFT), (inner - LABEL) * 2 // 5) for sample in shown]
     wide = max(prompt.cell_len for prompt in prompts)
     lines = []
     for name, sample, prompt in zip(("samples", f"at step {step:,}", ""), shown, prompts, strict=False):
@@ -195,11 +196,6 @@ def samples(history: History, inner: int) -> list[Text]:
         line = fact_line((name, "")).append_text(prompt).append(" → ", SOFT)
         lines.append(line.append(reply if sample["stopped"] else f"{reply} …"))
     return lines
-
-
-def _question(sample: dict[str, Any]) -> str:
-    prompt = sample["prompt"]
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def curve(values: Sequence[float], width: int, height: int, log: bool = False) -> tuple[float, float, list[str]]:

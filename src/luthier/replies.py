@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,11 @@ class Reply:
     """The tokens drawn, without the end token; those of a stop text are among them."""
     stopped: bool
     """It ended by itself, with an end token or a stop text, and not at the length limit."""
+
+
+def said(prompt: str | Sequence[dict[str, Any]]) -> str:
+    """What a prompt of the recipe asks: its text, or the last of its messages."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 @dataclass(frozen=True)

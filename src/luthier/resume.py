@@ -82,6 +82,11 @@ def resume_from(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
     return newest
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(checkpoint.name[5:])
+
+
 def _newest(name: str) -> RunFolder:
     """The latest run of that name: the one with the highest number."""
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")

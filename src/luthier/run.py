@@ -18,9 +18,9 @@ from luthier import notebook
 from luthier.errors import RunError
 from luthier.folder import RunFolder, read_json, write_atomic, write_json
 from luthier.history import read_history, read_lines
+from luthier.html import visible
 from luthier.loaded import (
     Loaded,
-    Prompt,
     Say,
     answering,
     load_encoder,
@@ -30,7 +30,8 @@ from luthier.loaded import (
 )
 from luthier.quiet import quiet
 from luthier.recipe import load_recipe, run_name, save_recipe
-from luthier.resume import resume_from, today_of, wanted
+from luthier.replies import said
+from luthier.resume import resume_from, step_of, today_of, wanted
 from luthier.sections import Recipe
 from luthier.training.launch import launch, launched, tell_run, watched
 from luthier.workbench import Workbench, held, workbench
@@ -132,7 +133,7 @@ def train(
             say("resume: the proof belongs to a run's start: --no-proof changes nothing")
         run = Run(folder, chosen, _trained(folder, bench, world, checkpoint, proof, say, shown=watch is None))
         if world.leads and run.outcome is not None and run.outcome.stopped is None:
-            _say_samples(run, bench, say)
+            _say_samples(run, bench, checkpoint, say)
     return run
 
 
@@ -187,7 +188,7 @@ def _trained(
         world=world,
         resume=checkpoint,
         proof=proof,
-        ask=partial(_replies, bench),
+        ask=partial(_replies, bench) if bench.prompts else None,
     )
 
 
@@ -289,37 +290,30 @@ def _write_result(target: Path, bench: Workbench) -> None:
 
 
 def _replies(bench: Workbench, most: int | None) -> list[dict[str, Any]]:
-    """What the model in training answers to the recipe's prompts, as samples.jsonl has it.
-
-    With `most` tokens an answer it is a trial: where the recipe asks nothing, the beginning of a row is gone on with.
-    """
-    from luthier.generate import generate
-
+    """What the model in training answers to the recipe's prompts, as samples.jsonl has it; `most` tokens each."""
     section = bench.recipe.generate
     if most is not None:
         section = section.model_copy(update={"max_new_tokens": most, "max_length": None})
-    if bench.prompts:
-        return sampled(ready(bench.model, bench.tokenizer, bench.encoder), bench.prompts, section)
-    if most is not None:
-        generate(bench.model, bench.tokenizer, [bench.data.train[0].ids[:8].tolist()], section, [])
-    return []
+    return sampled(ready(bench.model, bench.tokenizer, bench.encoder), bench.prompts, section)
 
 
-def _say_samples(run: Run, bench: Workbench, say: Say) -> None:
-    """What the saved model answers: as it did at its step's evaluation, or, where it is another now, asked again."""
+def _say_samples(run: Run, bench: Workbench, checkpoint: Path | None, say: Say) -> None:
+    """What the saved model answers: as it did at its step's evaluation; asked again where that was in an earlier
+    process, whose prompts may have been others, or where the saved model is not the one that trained."""
     if not bench.prompts or run.outcome is None:
         return
     step = run.outcome.best_step or run.outcome.steps
     lines = read_lines(run.folder.samples)
     here = [line for line in lines if line["step"] == step]
-    if not here or not _as_trained(run, bench):
+    earlier = checkpoint is not None and step_of(checkpoint) >= step
+    if not here or earlier or not _as_trained(run, bench):
         asked = sampled(_saved(run, bench), bench.prompts, run.recipe.generate)
         here = [{"step": step, **line} for line in asked]
         others = [line for line in lines if line["step"] != step]
         kept = sorted([*others, *here], key=lambda line: int(line["step"]))
         write_atomic(run.folder.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     for line in here:
-        say(f"sample: {_one_line(line['prompt'])} → {_one_line(line['reply'])}")
+        say(f"sample: {_one_line(said(line['prompt']))} → {_one_line(line['reply'])}")
 
 
 def _as_trained(run: Run, bench: Workbench) -> bool:
@@ -347,6 +341,5 @@ def _saved(run: Run, bench: Workbench) -> Loaded:
     return load_run(run)
 
 
-def _one_line(text: Prompt) -> str:
-    said = text if isinstance(text, str) else str(text[-1]["content"])
-    return " ⏎ ".join(part.strip() for part in said.strip().splitlines() if part.strip())
+def _one_line(text: str) -> str:
+    return " ⏎ ".join(part.strip() for part in visible(text).strip().splitlines() if part.strip())

@@ -21,6 +21,7 @@ from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_fo
 from luthier.notebook import Looked, shell, train_call
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
+from luthier.replies import said
 from luthier.resume import read_recipe, today_of
 from luthier.run import Run, load_run, open_run, result_folder, train
 from luthier.sections import GenerateSection
@@ -132,7 +133,7 @@ def generate(
         elif len(asked) == 1:
             write(reply.text.strip("\n") + "\n")
         else:
-            write(f"{_said(prompt)}\n→ {reply.text.strip()}\n\n")
+            write(f"{said(prompt)}\n→ {reply.text.strip()}\n\n")
 
 
 def chat(
@@ -368,10 +369,6 @@ def _settings(settings: dict[str, Any], options: dict[str, Any]) -> GenerateSect
     if idle and not section.sample:
         raise RecipeError(f"--{idle[0].replace('_', '-')} has no effect without --sample")
     return section
-
-
-def _said(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _silent(_: str) -> None:

@@ -13,6 +13,26 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def step_line(
+    place: tuple[int, int, int], loss: float, lr: float, grad_norm: float, tokens_per_second: float, left: float | None
+) -> str:
+    """The plain line of a step: consecutive ones stack as columns. place: step, of steps, steps of an epoch."""
+    return (
+        f"{_place('step', *place)}  loss {loss:7.4f}  lr {lr:.1e}  grad {grad_norm:8.3g}"
+        f"  {tokens_per_second:>9,.0f} tok/s  left {'–' if left is None else duration(left)}"
+    )
+
+
+def eval_line(place: tuple[int, int, int], loss: float, remark: str) -> str:
+    """The plain line of an evaluation."""
+    return f"{_place('eval', *place)}  loss {loss:7.4f}  {remark}".rstrip()
+
+
+def _place(kind: str, step: int, steps: int, epoch: int) -> str:
+    last = f"{steps / epoch:.2f}"
+    return f"{kind}  {step:>{len(str(steps))}}/{steps}  epoch {step / epoch:{len(last)}.2f}"
+
+
 def size(count: int) -> str:
     """Bytes in words: 35.2 KiB, 12.3 MiB, 1.4 GiB."""
     if count < 2**20:

@@ -73,7 +73,7 @@ def test_it_says_what_it_tried(tmp_path):
     tried = (
         rf"{ROWS.lengths.sum()} tokens forward and backward {took}, evaluation {took}, checkpoint \d\d\.\d KiB {took}"
     )
-    assert re.fullmatch(rf"preflight: {tried}, answer {took}", first), first
+    assert re.fullmatch(rf"preflight: {tried}, answers {took}", first), first
     free = r"preflight: [\d.]+ GiB of memory free; [\d.]+ KiB of disk at most, [\d.]+ GiB free"
     assert re.fullmatch(free, second), second
     assert said.index(second) < next(number for number, other in enumerate(said) if other.startswith("eval"))
@@ -116,3 +116,45 @@ def test_on_going_on_the_optimizer_has_its_memory_already(tmp_path, monkeypatch)
     assert newest is not None
     fit(tmp_path, lora(tiny("llama")), ROWS, SECTION.model_copy(update={"steps": 6}), resume=newest)
     assert reserved == [8 * sum(value.numel() for value in trained(model).values()), 0]
+
+
+@pytest.mark.parametrize("tokens", [64, 80, 90, 128, 512])
+@pytest.mark.parametrize("route", ["engine", "plain"])
+def test_no_pass_of_the_run_is_larger_than_what_was_tried(tmp_path, monkeypatch, tokens, route):
+    rows = random_rows(60, longest=50)
+    real, sizes = Gradients.loss, []
+
+    def watched(self, part, step=0, module=None):
+        sizes.append(part.ids.size)
+        return real(self, part, step, module)
+
+    monkeypatch.setattr(Gradients, "loss", watched)
+    if route == "plain":
+        monkeypatch.setattr("luthier.training.loop.choose_route", lambda *_, **__: "plain")
+    marks = []
+    tried = Preflight.forget
+    monkeypatch.setattr(Preflight, "forget", lambda self: marks.append(len(sizes)) or tried(self))
+    section = TrainSection(batch=12, steps=10, lr=1e-3, tokens_per_pass=tokens)
+    fit(tmp_path, lora(tiny("llama")), rows, section, proof=False)
+    begin, end = marks
+    assert max(sizes[end:]) <= max(sizes[begin:end]) <= tokens + min(rows.lengths)
+
+
+@pytest.mark.parametrize("place", ["evaluation", "answers"])
+def test_what_memory_has_no_room_for_later_is_one_line_now(tmp_path, monkeypatch, place):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    ask = full if place == "answers" else None
+    if place == "evaluation":
+        real = Gradients.loss
+        monkeypatch.setattr(
+            Gradients, "loss", lambda self, part, *rest: real(self, part, *rest) if torch.is_grad_enabled() else full()
+        )
+    with pytest.raises(RunError) as error:
+        fit(tmp_path, lora(tiny("llama")), ROWS, SECTION, eval_rows=HELD_OUT, ask=ask, proof=False)
+    told = {
+        "evaluation": r"preflight: the longest row, rows\.jsonl:\d+ with \d+ tokens, does not fit .* takes less",
+        "answers": r"preflight: the answers to generate\.prompts do not fit into memory; .* generate\.max_new_tokens",
+    }
+    assert re.fullmatch(told[place], str(error.value))

@@ -44,6 +44,8 @@ ECHO = 1.0
 
 _lines: list[Connection] = []
 """The one to the launcher, in a worker that `launch` started."""
+_turn = threading.Lock()
+"""Who may speak on it: a run's pulse has a thread of its own."""
 
 
 class LostError(RunError):
@@ -285,20 +287,21 @@ def work() -> None:
     call, arguments = line.recv()
     _lines.append(line)
     threading.Thread(target=_die_with, args=(line,), daemon=True).start()
-    first, turn = rank() == 0, threading.Lock()
-
-    def say(text: str) -> None:
-        if first:
-            with turn:  # a run's pulse speaks from a thread of its own
-                line.send(("said", text))
-
+    first = rank() == 0
     try:
-        result = call(*arguments, say=say)
+        result = call(*arguments, say=lambda text: _tell("said", text) if first else None)
     except (LuthierError, OSError) as error:
-        line.send(("failed", _portable(error)))  # and status 0: another one means that nothing could be told
+        _tell("failed", _portable(error))  # and status 0: another one means that nothing could be told
     else:
         if first:
-            line.send(("done", result))
+            _tell("done", result)
+
+
+def _tell(kind: str, value: Any) -> None:
+    """To the launcher, where there is one; from any thread."""
+    with _turn:
+        for line in _lines:
+            line.send((kind, value))
 
 
 def watched(path: Path) -> None:
@@ -307,8 +310,7 @@ def watched(path: Path) -> None:
 
 def tell_run(path: Path) -> None:
     """Tell the launcher, where there is one, which folder the run now has: it names it if this process cannot."""
-    for line in _lines:
-        line.send(("run", path))
+    _tell("run", path)
 
 
 def _die_with(line: Connection) -> None:

@@ -34,11 +34,14 @@ from luthier.training.room import check_room, moments
 from luthier.training.scale import doubled, halved, unscale
 from luthier.training.scale import first as first_scale
 from luthier.training.start import autocast_dtype, base_dropout, choose_route, computes_in_fp16, recompute_activations
+from luthier.words import duration
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
     from luthier.data.prepare import Data
 
+SLOW = 20.0
+"""Seconds from which on it is said what the samples take."""
 Ask = Callable[[int | None], list[dict[str, Any]]]
 """The model's replies to the recipe's prompts, of so many tokens at most (None: of the recipe's own number)."""
 
@@ -81,7 +84,7 @@ def train(
         training.settle(resume is None, dropping, proof)
         state, held_out = training.state, data.eval
         stopped = stop.signal if world.size == 1 else None
-        if state.step == 0:
+        if state.step == 0 and stopped is None:
             if held_out is not None:
                 monitor.record(None, training.evaluate(held_out))
             training.sample()
@@ -217,7 +220,8 @@ class Training:
                 self.order.steps_per_epoch,
             )
         tried = Preflight(self.gradients)
-        reserved = 0 if self.optimizer.state else moments(self.parameters, section.optimizer)
+        paged = section.optimizer.startswith("paged")  # what has no room on the GPU goes to the CPU's memory
+        reserved = 0 if paged or self.optimizer.state else moments(self.parameters, section.optimizer)
         state.tokens_per_pass = tried.passes(self.data.train, section.batch, state.tokens_per_pass, reserved, self.say)
         if self.data.eval is not None:
             tried.evaluation(self.model, self.data.eval, state.tokens_per_pass)
@@ -228,6 +232,7 @@ class Training:
                 tried.answer(self.ask)
             for line in tried.lines(disk):
                 self.say(line)
+        tried.forget()
 
     def due(self, every: int | Literal["epoch"]) -> bool:
         """Is this the step for it? The last one always is."""
@@ -322,6 +327,7 @@ class Training:
         return "best so far"
 
     def write_best(self) -> None:
+        self.monitor.enter("saving")
         if self.world.leads:
             with folder_atomic(self.best) as target:
                 self.write(target)
@@ -331,7 +337,18 @@ class Training:
         if self.ask is None or not self.world.leads:
             return
         self.monitor.enter("sampling")
-        self.monitor.record_samples([{"step": self.state.step, **line} for line in self.ask(None)])
+        began, step = time.monotonic(), self.state.step
+        try:
+            replies = self.ask(None)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            self.say(f"out of memory in the samples of step {step}: left out; lower generate.max_new_tokens")
+            return
+        self.monitor.record_samples([{"step": step, **line} for line in replies])
+        took = time.monotonic() - began
+        if step == 0 and took > SLOW:
+            self.say(f"samples took {duration(took)}, and come again at each evaluation (train.eval_every)")
 
     def save_checkpoint(self) -> None:
         self.monitor.enter("saving")

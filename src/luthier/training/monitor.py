@@ -15,12 +15,12 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from luthier.folder import RunFolder, write_atomic
+from luthier.folder import RunFolder, read_json, write_atomic
 from luthier.history import RECENT, read_lines, usual_step
 from luthier.sections import TrainSection
 from luthier.training.pulse import Phase, Pulse
 from luthier.training.trackers import Trackers
-from luthier.words import duration
+from luthier.words import eval_line, step_line
 
 GIB = 1024**3
 
@@ -63,6 +63,7 @@ class Monitor:
         self.first = self.since = self.step = self.steps = 0
         self.steps_per_epoch = 1
         self.spent, self.started, self.began = 0.0, time.monotonic(), 0.0
+        self.begun = False
         self.took: deque[float] = deque(maxlen=RECENT)
 
     def begin(self, step: int, steps: int, steps_per_epoch: int, spent: float = 0.0) -> list[dict[str, Any]]:
@@ -82,6 +83,7 @@ class Monitor:
             write_atomic(self.folder.samples, "".join(map(_json_line, samples)))
         for line in lines:
             self.trackers.log(line)  # what one of them has already, it drops
+        self.begun = True
         self.pulse.start(**self._standing())
         return lines
 
@@ -98,14 +100,12 @@ class Monitor:
             self.took.append(facts.seconds)
         self.pulse.tell("training", **self._standing())
         if self.shown and (step in (self.first + 1, self.steps) or step % self.log_every == 0):
-            self.say(
-                f"{self._head('step')}  loss {facts.loss:7.4f}  lr {facts.lr:.1e}  grad {facts.grad_norm:8.3g}"
-                f"  {facts.tokens / facts.seconds:>9,.0f} tok/s  left {self._left_in_words()}"
-            )
+            speed = facts.tokens / facts.seconds
+            self.say(step_line(self._place(), facts.loss, facts.lr, facts.grad_norm, speed, self._left()))
 
     def show_eval(self, loss: float, remark: str) -> None:
         """The plain line of an evaluation."""
-        self.say(f"{self._head('eval')}  loss {loss:7.4f}  {remark}".rstrip())
+        self.say(eval_line(self._place(), loss, remark))
 
     def record(self, facts: Facts | None, eval_loss: float | None) -> None:
         """The line of metrics.jsonl for the step that was shown last."""
@@ -144,10 +144,15 @@ class Monitor:
         self.trackers.listen()
 
     def end(self, state: Literal["done", "stopped", "failed"], message: str) -> None:
-        """The last word in status.json, and to the trackers, which may take a while to finish."""
-        self.pulse.tell(**self._standing())
-        self.trackers.end(state, {"step": self.step, "message": message})
-        self.pulse.end(state, message)
+        """The last word in status.json, and to the trackers, which may take a while to finish.
+
+        Where it did not even begin, as with a damaged checkpoint, the figures of before stay.
+        """
+        self.pulse.tell("ended", **(self._standing() if self.begun else self._before()))
+        try:
+            self.trackers.end(state, {"step": self.step, "message": message})
+        finally:
+            self.pulse.end(state, message)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -159,6 +164,11 @@ class Monitor:
             with suppress(OSError):
                 self.end("stopped" if interrupted else "failed", str(error) or type(error).__name__)
             raise
+
+    def _before(self) -> dict[str, Any]:
+        """What status.json had of the run's course before this process."""
+        known = read_json(self.folder.status) or {}
+        return {key: known[key] for key in self._standing() if key in known} or self._standing()
 
     def _standing(self) -> dict[str, Any]:
         """What status.json has of the run's course."""
@@ -173,9 +183,8 @@ class Monitor:
             "memory_gib": round(_memory() / GIB, 3),
         }
 
-    def _head(self, kind: str) -> str:
-        epoch, last = self.step / self.steps_per_epoch, f"{self.steps / self.steps_per_epoch:.2f}"
-        return f"{kind}  {self.step:>{len(str(self.steps))}}/{self.steps}  epoch {epoch:{len(last)}.2f}"
+    def _place(self) -> tuple[int, int, int]:
+        return self.step, self.steps, self.steps_per_epoch
 
     def _left(self) -> float | None:
         """Seconds until the last step, at the pace since the first; None before there is one."""
@@ -184,10 +193,6 @@ class Monitor:
         if self.step == self.since:
             return None
         return round((time.monotonic() - self.began) / (self.step - self.since) * (self.steps - self.step), 1)
-
-    def _left_in_words(self) -> str:
-        left = self._left()
-        return "–" if left is None else duration(left)
 
 
 def _json_line(line: dict[str, Any]) -> str:

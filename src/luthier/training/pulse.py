@@ -19,10 +19,11 @@ from luthier.words import duration
 
 Phase = Literal["starting", "preflight", "training", "evaluating", "sampling", "saving", "ended"]
 
-EVERY = 2.0
-"""Seconds between two beats: a reader takes a run for dead that cannot be asked and has been silent for 60."""
-AT_MOST = 5.0
-"""Seconds to wait for the last one: a driver may hang that is asked for a card's state."""
+EVERY = 0.9
+"""Seconds between two beats, less than launch.ECHO: `luthier runs stop` does not send a second signal to a run that it
+sees stopping. A reader takes a run for dead that cannot be asked and has been silent for 60."""
+ASLEEP = 5.0
+"""Seconds more than EVERY without a beat: then the whole process did not run."""
 
 
 class Pulse:
@@ -43,17 +44,16 @@ class Pulse:
         """The signal, if any, that has asked the run to stop after its step: a second one would end it at once."""
         self.progressed = time.time()
         self.gpu: list[dict[str, Any]] | None = None
-        self.lock, self.over = threading.Lock(), threading.Event()
-        self.thread: threading.Thread | None = None
+        self.lock, self.over, self.beating = threading.Lock(), threading.Event(), False
 
     def start(self, **facts: Any) -> None:
         """The first beat, with what is known; from now on there is one every EVERY seconds until `end`."""
         self.tell(**facts)
-        if self.writes and self.thread is None:
+        if self.writes and not self.beating:
             self.gpu = self.gpus()
             self.beat()
-            self.thread = threading.Thread(target=self._beat_on, name="pulse", daemon=True)
-            self.thread.start()
+            self.beating = True
+            threading.Thread(target=self._beat_on, name="pulse", daemon=True).start()
 
     def tell(self, phase: Phase | None = None, **facts: Any) -> None:
         """What is new, for the next beat; it is a sign of progress as well."""
@@ -62,14 +62,12 @@ class Pulse:
         self.progressed = time.time()
 
     def end(self, state: Literal["done", "stopped", "failed"], message: str) -> None:
-        """The last word. Errors: OSError where the disk does not take it."""
+        """The last word; nothing is written from here on. Errors: OSError where the disk does not take it."""
         self.over.set()
-        if self.thread is not None:
-            self.thread.join(AT_MOST)
-            self.thread = None
-        self.phase = "ended"
-        if self.writes and self.facts:
-            write_json(self.path, self._status(state, message))
+        with self.lock:
+            self.phase = "ended"
+            if self.writes and self.facts:
+                write_json(self.path, self._status(state, message))
 
     def beat(self) -> None:
         """Renew the file. It is not flushed to the disk: after a power failure it tells nothing that matters.
@@ -77,27 +75,37 @@ class Pulse:
         The temporary file has one name, so that a killed run leaves one at most (folder.TEMPORARY).
         """
         with self.lock:
+            if self.over.is_set():
+                return
             temporary = self.path.with_name(f".{self.path.name}.newstate")
             temporary.write_text(json.dumps(self._status("running", ""), ensure_ascii=False) + "\n", "utf-8")
             temporary.replace(self.path)
 
     def _beat_on(self) -> None:
-        warned = 0.0
+        warned, last = 0.0, time.time()
         while not self.over.wait(EVERY):
+            now = time.time()
+            if now - last > EVERY + ASLEEP:  # so was the whole process, as when a laptop is closed
+                self.progressed = now
+            last = now
             self.gpu = self.gpus()
-            if self.hung and warned != self.progressed:
-                warned = self.progressed
-                waited, usual = time.time() - warned, self.facts["usual"]
-                self.say(
-                    f"step {self.facts['step'] + 1} has shown no progress for {duration(waited)}, where a step usually "
-                    f"takes {usual:.1f} s: does it hang?"
-                )
             with suppress(OSError):  # the disk is full, say: what trains will meet that by itself
                 self.beat()
+            if self.hung and warned != self.progressed:
+                warned = self.progressed
+                with suppress(OSError):  # nobody listens any more
+                    self.say(self._hangs(now - warned))
+
+    def _hangs(self, waited: float) -> str:
+        what = f"step {self.facts['step'] + 1}" if self.phase == "training" else "the evaluation"
+        return (
+            f"{what} has shown no progress for {duration(waited)}, where a step usually takes "
+            f"{self.facts['usual']:.1f} s: does it hang?"
+        )
 
     @property
     def hung(self) -> bool:
-        """Has the step, or the evaluation, shown no progress for ten times the usual step?"""
+        """Has the step, or the evaluation, done no pass for ten times the usual step's time, and 5 s at least?"""
         busy = self.phase in ("training", "evaluating")
         return busy and hangs(time.time() - self.progressed, self.facts.get("usual"))
 

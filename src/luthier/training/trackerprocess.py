@@ -2,6 +2,7 @@
 
 It is started by trackers.py, reads JSON lines on its standard input until the end, and answers in JSON lines: what to
 tell the user, that it is ready, that it is done, or why it is off. Only here is a tracker's package imported.
+One process at a time works for a run (trackers/NAME.lock): a killed run's may not be done when the run goes on.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
 
+import psutil
+from filelock import FileLock, Timeout
+
+from luthier.folder import read_json
+from luthier.history import place
+from luthier.training.trackers import one_line, read_logged
+
 PROJECT = "luthier"
 """The project or experiment where the user's environment names none."""
 LONELY = 60.0
 """Seconds to finish in when the run's process has been killed."""
+TAKEOVER = 20.0
+"""Seconds that such a process has left when the run goes on; then it is ended. Only the new one waits for it."""
 QUIET = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_INIT_TIMEOUT": "20",  # seconds; its own 90 would be up with ours
@@ -76,7 +86,10 @@ class Tracker(Protocol):
         """(prompt, reply) of a step."""
 
     def end(self, state: str, figures: dict[str, Any]) -> None:
-        """done, stopped or failed. All that it has must be written, or sent, when this returns."""
+        """done, stopped or failed. All that it has must be written, or sent, when this returns.
+
+        Or killed: the run may go on, so that nothing is said of its end but what the package says when it is closed.
+        """
 
 
 def main(name: str, run: int) -> None:
@@ -106,13 +119,51 @@ def _serve(name: str, messages: Iterator[dict[str, Any]], say: Any) -> None:
     about = next(messages)["start"]
     path = Path(about["folder"], "trackers", f"{name}.json")
     path.parent.mkdir(exist_ok=True)
+    with alone(path):
+        _work(name, path, about, messages, say)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """In the block no other process works for the run of trackers/NAME.json; one that still does has TAKEOVER seconds.
+
+    Then it is killed with what it has started (NAME.pid says who it is). On another machine it cannot be, but it ends
+    by itself within LONELY seconds. Errors: RuntimeError when it has not.
+    """
+    lock, holder = FileLock(path.with_suffix(".lock")), path.with_suffix(".pid")
+    try:
+        lock.acquire(timeout=TAKEOVER)
+    except Timeout:
+        _end(read_json(holder) or {})
+        with suppress(Timeout):
+            lock.acquire(timeout=LONELY)
+    if not lock.is_locked:
+        raise RuntimeError("the process that tracked the run before it went on does not end")
+    me = psutil.Process()
+    holder.write_text(json.dumps({"pid": me.pid, "born": me.create_time(), "place": place()}), "utf-8")
+    with lock:
+        yield
+
+
+def _end(holder: dict[str, Any]) -> None:
+    """Kill that process and its children, W&B's service among them, unless its number is another's by now."""
+    with suppress(psutil.NoSuchProcess):
+        if (
+            holder.get("place") == place()
+            and abs((old := psutil.Process(holder["pid"])).create_time() - holder["born"]) < 2
+        ):
+            for process in (old, *old.children(recursive=True)):
+                process.kill()
+
+
+def _work(name: str, path: Path, about: dict[str, Any], messages: Iterator[dict[str, Any]], say: Any) -> None:
     resumed = path.is_file()
     kept = Kept(**json.loads(path.read_text("utf-8"))) if resumed else Kept(uuid.uuid4().hex[:12])
     tracker = TRACKERS[name](Start(**about, id=kept.id, resumed=resumed))
     kept.id = tracker.id
     kept.write(path)
     say(ready=True, told=tracker.told)
-    for message in messages:
+    for message in _spelt_out(messages, Path(about["folder"], "metrics.jsonl")):
         if "log" in message and message["step"] > kept.step:
             tracker.log(message["log"], message["step"], message["time"])
             kept.step = message["step"]
@@ -126,7 +177,12 @@ def _serve(name: str, messages: Iterator[dict[str, Any]], say: Any) -> None:
         else:
             continue
         kept.write(path)
-    tracker.end("failed", {})  # the run's process was killed
+    tracker.end("killed", {})  # the run's process was
+
+
+def _spelt_out(messages: Iterator[dict[str, Any]], metrics: Path) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        yield from read_logged(metrics, message["catch_up"]) if "catch_up" in message else (message,)
 
 
 def _outlive(run: int) -> None:
@@ -222,8 +278,9 @@ class Wandb:
         self.run.log({"samples": table}, step=step)
 
     def end(self, state: str, figures: dict[str, Any]) -> None:
-        self.run.summary.update({"state": state, **figures})
-        self.run.finish(exit_code=int(state == "failed"))
+        if state != "killed":
+            self.run.summary.update({"state": state, **figures})
+        self.run.finish(exit_code=int(state in ("failed", "killed")))  # without it, files would hold next to nothing
         self.wandb.teardown()
 
 
@@ -261,6 +318,8 @@ class Mlflow:
         self.client.log_text(self.id, text, f"samples/step-{step:06d}.txt")
 
     def end(self, state: str, figures: dict[str, Any]) -> None:
+        if state == "killed":  # all that it has is sent
+            return
         for key, value in figures.items():
             self.client.set_tag(self.id, key, str(value)[:500])
         self.client.set_terminated(self.id, {"done": "FINISHED", "stopped": "KILLED"}.get(state, "FAILED"))
@@ -316,7 +375,8 @@ class SwanLab:
         self.run.log({"samples": [self.text(reply, caption=prompt) for prompt, reply in rows]}, step=step)
 
     def end(self, state: str, figures: dict[str, Any]) -> None:
-        self.run.config.update({"state": state, **figures})
+        if state != "killed":
+            self.run.config.update({"state": state, **figures})
         self.run.finish(state={"done": "success", "stopped": "aborted"}.get(state, "crashed"), error=state)
 
 
@@ -335,7 +395,7 @@ def _shown(folder: Path, start: Start) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")
+    return one_line(str(error))[:200].rstrip(".")  # cut after the secrets are out: half of one would stay
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

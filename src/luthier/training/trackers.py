@@ -1,14 +1,15 @@
-"""The trackers that a recipe names (`track:`), each in a process of its own: nothing that one does can hurt the run.
+"""The trackers that a recipe names (`track:`), each in a process of its own: none can break the run, or hold it up.
 
 A tracker's package brings threads, servers, signal handlers, exit hooks, banners and questions of its own, and may wait
 for a network for minutes. In another session (no terminal, no Ctrl-C), without standard streams and without the
-training's memory it may: the run only puts lines into a pipe that never blocks. What goes wrong is said in one line.
+training's memory it may: the run only puts into a pipe what has room there. What goes wrong is said in one line.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from luthier.folder import RunFolder
@@ -28,7 +30,9 @@ START = 90.0
 END = 10.0
 """Seconds that all trackers together have at the end of a run; what is not done by then is ended."""
 AHEAD = 32 * 2**20
-"""Bytes that wait for a tracker at most: a step takes about 300."""
+"""Bytes that wait for a tracker at most: a step takes about 300, with eight GPUs 1,300."""
+AT_ONCE = 16
+"""Writes into the pipe (64 KiB) at most before the run has its turn again: a tracker may take them as they come."""
 SAFE = "its figures are in metrics.jsonl"
 
 NAMES = {
@@ -46,6 +50,11 @@ NAMES = {
 CARD = ("memory_gib", "utilisation", "temperature", "power_w", "energy_wh")
 """What is logged of a GPU, as gpu/0/temperature; the number is the card's index."""
 
+USERINFO = re.compile(r"://(?:[^\s/?#]*|[^\s/:?#@]*:(?!\d+[/?#])\S*)@")
+"""What a URL has before its host, up to the last @; the second way is a password with a / in it, and no port."""
+SECRET = ("KEY", "TOKEN", "PASSWORD")
+"""How the name of an environment variable ends that is a secret: WANDB_API_KEY."""
+
 
 def start_trackers(
     names: Sequence[str], folder: RunFolder, recipe: dict[str, Any], say: Callable[[str], None]
@@ -53,18 +62,21 @@ def start_trackers(
     """Start those trackers, without waiting for them; `recipe` is what they call the run's configuration.
 
     A run that goes on goes on in the trackers' runs of before (trackers/NAME.json in its folder), where what they
-    already have is not logged again.
+    already have is not logged again, once a killed run's trackers, if they still work, have ended (trackers/NAME.lock).
     """
     return Trackers(names, folder, recipe, say)
 
 
 class Trackers:
-    """Those that work. None of the calls blocks but `end`, none raises, and one that fails is off after one line."""
+    """Those that work. No call but `end` waits for one; whatever one does is no error here, and off after one line.
+
+    A call takes the time of writing 1 MiB into a pipe at most, or a second where a killed process does not go away.
+    """
 
     def __init__(
         self, names: Sequence[str], folder: RunFolder, recipe: dict[str, Any], say: Callable[[str], None]
     ) -> None:
-        self.say, self.on = say, list[Tracker]()
+        self.say, self.on = lambda text: say(one_line(text)), list[Tracker]()
         for name in names:
             if not _installed(name):
                 self._off(name, f"not installed (pip install {PACKAGES[name]}, or all: pip install 'luthier[track]')")
@@ -78,7 +90,14 @@ class Trackers:
 
     def log(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl. One that a tracker already has (by its step) is not logged again."""
-        self._send(log=numbers(line), step=line["step"], time=line["time"])
+        self._send(**logged(line))
+
+    def catch_up(self, step: int) -> None:
+        """Have what metrics.jsonl holds up to `step` logged: each tracker reads the file itself, for what is new to it.
+
+        The file has to be whole up to there; it may grow meanwhile.
+        """
+        self._send(catch_up=step)
 
     def samples(self, lines: Iterable[dict[str, Any]]) -> None:
         """New lines of samples.jsonl."""
@@ -116,7 +135,7 @@ class Trackers:
             off = tracker.flush()
             for message in tracker.heard():
                 if "told" in message:
-                    self.say(f"track: {_one_line(message['told'])}")
+                    self.say(f"track: {message['told']}")
                 off = message.get("off", off)
             if off is None and not tracker.ready and time.monotonic() - tracker.began > START:
                 off = f"it did not start within {START:g} s"
@@ -128,7 +147,7 @@ class Trackers:
                 self._off(tracker.name, off or "its process ended")
 
     def _off(self, name: str, why: str) -> None:
-        self.say(f"track: {name} is off: {_one_line(why)}; the run goes on; {SAFE}")
+        self.say(f"track: {name} is off: {one_line(why)[:400]}; the run goes on; {SAFE}")
 
 
 class Tracker:
@@ -154,8 +173,8 @@ class Tracker:
     def flush(self) -> str | None:
         """Write as much of what waits as the pipe takes; why there is no use in going on, if so."""
         with suppress(BlockingIOError, BrokenPipeError):  # a process that has ended says why, to `heard`
-            while self.waiting:
-                del self.waiting[: os.write(self.into, self.waiting)]
+            for _ in range(AT_ONCE):
+                del self.waiting[: os.write(self.into, self.waiting[:65536])]
         return None if len(self.waiting) <= AHEAD else "it hangs, or does not keep up with the run"
 
     def heard(self) -> Iterator[dict[str, Any]]:
@@ -173,10 +192,14 @@ class Tracker:
             yield message
 
     def kill(self) -> None:
-        """End its process and what that has started, whatever they are at. W&B's service ends itself within 2 s."""
+        """End its process and its group, whatever they are at; W&B's service, in a group of its own, follows in 2 s.
+
+        Where the system does not end it within a second (it waits for a network's disk), it is left to the system.
+        """
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
             pipe.close()
@@ -188,6 +211,20 @@ def numbers(line: dict[str, Any]) -> dict[str, float]:
     for card in line.get("gpu") or []:
         found |= {f"gpu/{card['index']}/{key}": card.get(key) for key in CARD}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def logged(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl as the message that a tracker's process takes."""
+    return {"log": numbers(line), "step": line["step"], "time": line["time"]}
+
+
+def read_logged(metrics: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The messages for the lines of metrics.jsonl up to `step`; what comes after may still be written."""
+    with metrics.open("rb") as file:
+        for line in map(json.loads, file):
+            yield logged(line)
+            if line["step"] >= step:
+                return
 
 
 def _installed(name: str) -> bool:
@@ -202,6 +239,15 @@ def _text(prompt: str | list[dict[str, str]]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _one_line(text: str) -> str:
-    """What a package or a server says, fit for a line on the terminal."""
-    return visible(" ".join(text.split()))[:400]
+def one_line(text: str) -> str:
+    """What a package or a server says, fit for a line on the terminal, and without secrets.
+
+    A URL loses its user and password; the value of an environment variable that is a secret by its name becomes ***
+    (from 4 characters on: a shorter one is none, and would be found in any word).
+    """
+    text = USERINFO.sub("://", " ".join(text.split()))
+    secrets = {" ".join(value.split()) for name, value in os.environ.items() if name.upper().endswith(SECRET)}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= 4:
+            text = text.replace(secret, "***")
+    return visible(text)
