@@ -24,9 +24,9 @@ LUTHIER = Path(sys.executable).parent / "luthier"
 
 # Imports go only downward: a module imports from lines above its own, or from its own package.
 ORDER = [
-    {"errors"},
+    {"errors", "words"},
     {"sections"},
-    {"folder", "hub", "html", "words", "quiet", "foreign", "yamlfile", "replies"},
+    {"folder", "hub", "html", "quiet", "foreign", "yamlfile", "replies"},
     {"history", "charts"},
     {"panelparts"},
     {"panel"},

@@ -19,6 +19,7 @@ from luthier.cliruns import runs_app
 from luthier.cliwords import Overrides, Recipe, RunPath, aside, say
 from luthier.errors import LuthierError, RecipeError
 from luthier.training.launch import rank, speaks
+from luthier.words import quoted
 
 if TYPE_CHECKING:
     from luthier.run import Run
@@ -157,7 +158,9 @@ def train(
     outcome, folder = run.outcome, run.folder.shown
     assert outcome is not None
     say(f"{'model' if run.recipe.method.kind == 'full' else 'adapter'}: {outcome.saved}")
-    say(f"next: luthier compare {folder} · luthier merge {folder} -o DIR · luthier chat {folder}")
+    say(f"page: {folder / 'report.html'}")
+    name = quoted(folder)
+    _say_next(f"luthier compare {name}", f"luthier merge {name} -o DIR", f"luthier chat {name}")
 
 
 @app.command()
@@ -188,6 +191,7 @@ def generate(
     Prompts are --prompt, --prompt-file or standard input; else those of the run's recipe.
     """
     from luthier import verbs
+    from luthier.runs import run_or_model
 
     options = {
         "raw": raw,
@@ -203,7 +207,7 @@ def generate(
     }
     said = None if sys.stdin.isatty() else lambda: _utf8(sys.stdin.read)
     verbs.generate(
-        target,
+        run_or_model(target),
         adapter=adapter,
         base=base,
         prompts=prompt or [],
@@ -229,7 +233,9 @@ def chat(
     /new starts over, /exit or Ctrl-D ends.
     """
     from luthier import verbs
+    from luthier.runs import run_or_model
 
+    target = run_or_model(target)
     verbs.chat(target, adapter=adapter, base=base, system=system, read=_read_turn, write=_write, say=aside)
 
 
@@ -244,10 +250,11 @@ def compare(
     """
     from luthier import verbs
     from luthier.run import open_run
+    from luthier.runs import find_run
 
-    opened = open_run(run)
+    opened = open_run(find_run(str(run)).path)
     verbs.compare(opened, rows=rows, say=say)
-    say(f"next: luthier merge {opened.folder.shown} -o DIR")
+    _say_next(f"luthier merge {quoted(opened.folder.shown)} -o DIR")
 
 
 @app.command()
@@ -258,9 +265,10 @@ def merge(
     """Base + adapter → one model folder, verified."""
     from luthier import verbs
     from luthier.run import open_run
+    from luthier.runs import find_run
 
-    verbs.merge(open_run(run), out, say=say)
-    say(f'next: luthier generate {out} --prompt "…" · luthier chat {out}')
+    verbs.merge(open_run(find_run(str(run)).path), out, say=say)
+    _say_next(f'luthier generate {quoted(out)} --prompt "…"', f"luthier chat {quoted(out)}")
 
 
 @app.command()
@@ -275,8 +283,9 @@ def export(
     """
     from luthier import verbs
     from luthier.run import open_run
+    from luthier.runs import find_run
 
-    verbs.export(open_run(run), out, say=say)
+    verbs.export(open_run(find_run(str(run)).path), out, say=say)
 
 
 @app.command()
@@ -351,9 +360,15 @@ def _utf8(read: Callable[[], str]) -> str:
         raise RecipeError(f"standard input: not UTF-8 (byte {error.start}); send UTF-8") from None
 
 
+def _say_next(*commands: str) -> None:
+    """What to do next, a command a line."""
+    for number, command in enumerate(commands):
+        say(f"{'     ' if number else 'next:'} {command}")
+
+
 def _exit_if_stopped(run: Run) -> None:
     """A signal that ended the training ends the process, after the line that says how to go on."""
     outcome = run.outcome
     if outcome is not None and outcome.stopped is not None:
-        say(f"stopped at step {outcome.steps}; go on with: luthier train {run.folder.shown} --resume")
+        say(f"stopped at step {outcome.steps}; go on with: luthier train {quoted(run.folder.shown)} --resume")
         sys.exit(128 + outcome.stopped)

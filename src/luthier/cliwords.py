@@ -12,6 +12,9 @@ import typer
 
 from luthier.training.launch import rank
 
+GONE = {errno.EIO, errno.EPIPE}
+"""What the system calls a terminal that was closed, and a pipe whose reader has ended."""
+
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
@@ -24,9 +27,10 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in GONE:
             raise
-        # The terminal was closed: nobody reads on, and SIGHUP, which came with it, stops a run after its step.
+        # Nobody reads on. A closed terminal sends SIGHUP as well, which stops a run after its step; a pipe that is
+        # closed (`| head`) is no reason to lose one.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -36,6 +36,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from luthier.errors import RecipeError, RunError
+from luthier.words import quoted
 
 TEMPORARY = r"\.(adapter|model|step-\d+|\w+\.(json|jsonl|yaml|md|html))\.(old|[a-z0-9_]{8})"
 """What write_atomic and folder_atomic call a thing in a run folder while it is being written, or on its way out."""
@@ -107,6 +108,16 @@ def folder_atomic(target: Path) -> Iterator[Path]:
         raise
 
 
+def check_name(name: str, root: Path) -> None:
+    """Errors: RecipeError where runs/<name> below `root` cannot be a folder."""
+    if not re.fullmatch(r"[\w][\w.\- ]*", name):
+        raise RecipeError(f"run: {name!r} cannot be a folder's name; use letters, digits, blanks, '-', '_' and '.'")
+    if (root / "runs").is_file():
+        raise RecipeError(
+            f"{root / 'runs'} is a file, where the folder of all runs belongs; move it, or train elsewhere"
+        )
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder. The paths are where things lie; whether they are there is another question."""
@@ -115,13 +126,8 @@ class RunFolder:
 
     @classmethod
     def create(cls, name: str, root: Path) -> RunFolder:
-        """Make runs/<name> below `root`, or <name>-2, -3 … where that is taken. Errors: RecipeError on a bad name."""
-        if not re.fullmatch(r"[\w][\w.\- ]*", name):
-            raise RecipeError(f"run: {name!r} cannot be a folder's name; use letters, digits, '-', '_' and '.'")
-        if (root / "runs").is_file():
-            raise RecipeError(
-                f"{root / 'runs'} is a file, where the folder of all runs belongs; move it, or train elsewhere"
-            )
+        """Make runs/<name> below `root`, or <name>-2, -3 … where that is taken. Errors: those of `check_name`."""
+        check_name(name, root)
         (root / "runs").mkdir(parents=True, exist_ok=True)
         for number in range(1, 10_000):
             path = root / "runs" / (name if number == 1 else f"{name}-{number}")
@@ -166,7 +172,7 @@ class RunFolder:
         there = f"newest checkpoint: step {max(steps)}" if steps else "no checkpoint yet"
         if (read_json(self.status) or {}).get("state") == "done":
             there = "it is trained to its end"
-        return f"{there}; go on with: luthier train {self.shown} --resume"
+        return f"{there}; go on with: luthier train {quoted(self.shown)} --resume"
 
     def _clear(self) -> None:
         """Remove what a killed process left half written; an adapter that it had only moved aside comes back."""

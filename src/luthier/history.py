@@ -137,12 +137,12 @@ class History:
 
     @cached_property
     def speed(self) -> float | None:
-        """Tokens a second: while a run runs the median of its newest steps, later its tokens by the time of its steps."""
+        """Tokens a second: of a running run the median of its newest steps, later its tokens by its steps' time."""
         steps = [line for line in self.metrics if line["tokens_per_second"]]
         if not steps:
             return None
         if self.state == "running":
-            return statistics.median(line["tokens_per_second"] for line in steps[-NEWEST:])
+            return float(statistics.median(line["tokens_per_second"] for line in steps[-NEWEST:]))
         tokens = sum(line["tokens"] for line in steps)
         return float(tokens / sum(line["tokens"] / line["tokens_per_second"] for line in steps))
 

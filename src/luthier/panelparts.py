@@ -46,7 +46,7 @@ def progress(history: History, inner: int) -> Text:
     if steps is None:
         return Text("no step yet", SOFT)
     line = Text.assemble("step ", (f"{step:,}", "bold"), f" of {steps:,}  ")
-    share = f"{100 * step // max(steps, 1):>4} %"
+    share = f"{min(round(100 * step / max(steps, 1)), 100 if step >= steps else 99):>4} %"
     bar = inner - line.cell_len - len(share)
     done = bar * step // max(steps, 1)
     return line.append("━" * done, standing(history)[1]).append("─" * (bar - done), SOFT).append(share)
@@ -70,6 +70,7 @@ def remarks(history: History, inner: int) -> list[Text]:
         told = f"its process ended without a word, {ago} ago; {history.folder.standing()}"
     elif history.state in ("done", "stopped", "failed"):
         told, style = plain(status["message"]), BAD if history.state == "failed" else ""
+        told = told if history.state == "failed" else f"kept: {told}"
     return [Text(line, style) for line in wrapped(told, inner)[:4]] if told else []
 
 
@@ -158,7 +159,7 @@ def facts(history: History) -> list[Fact]:
         ("elapsed", duration(passed) if passed is not None else NOTHING),
         ("left", duration(left) if left is not None else NOTHING),
         ("gradient norm", f"{last['grad_norm']:.3g}" if last else NOTHING),
-        ("speed", f"{last['tokens_per_second']:,.0f} tokens/s{usual}" if last else NOTHING),
+        ("speed", f"{history.speed:,.0f} tokens/s{usual}" if history.speed else NOTHING),
         ("supervised", f"{100 * share:.1f} % of the tokens" if share is not None else NOTHING),
         ("memory", f"{now:.1f} GiB now, {max(now, peak or 0):.1f} GiB at most" if now is not None else NOTHING),
     ]
@@ -190,7 +191,9 @@ def samples(history: History, inner: int) -> list[Text]:
     prompts = [cropped(Text(plain(said(sample["prompt"])), SOFT), (inner - LABEL) * 2 // 5) for sample in shown]
     wide = max(prompt.cell_len for prompt in prompts)
     lines = []
-    for name, sample, prompt in zip(("samples", f"at step {step:,}", ""), shown, prompts, strict=False):
+    which = f"{first + 1}–{first + SAMPLES} of {len(newest)}" if first + SAMPLES <= len(newest) else f"of {len(newest)}"
+    names = ("samples", f"at step {step:,}", which if len(newest) > SAMPLES else "")
+    for name, sample, prompt in zip(names, shown, prompts, strict=False):
         prompt.pad_right(wide - prompt.cell_len)
         reply = plain(sample["reply"]) or "(nothing)"
         line = fact_line((name, "")).append_text(prompt).append(" → ", SOFT)

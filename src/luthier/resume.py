@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.folder import RunFolder, read_json
+from luthier.folder import RunFolder, check_name, read_json
 from luthier.recipe import load_recipe, recipe_difference, run_name
 from luthier.sections import Recipe
 
@@ -35,7 +35,9 @@ def wanted(path: Path, overrides: Sequence[str], resume: bool) -> tuple[Recipe, 
             f"{path} is a run; go on with it by --resume, or train its recipe anew: {path / 'recipe.yaml'}"
         )
     if not resume:
-        return load_recipe(path, overrides), None
+        recipe = load_recipe(path, overrides)
+        check_name(run_name(recipe, path), Path.cwd())
+        return recipe, None
     recipe = read_recipe(path, overrides)
     folder = RunFolder.open(path.absolute()) if path.is_dir() else _newest(run_name(recipe, path))
     begun = load_recipe(folder.recipe, check_files=False)

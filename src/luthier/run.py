@@ -125,7 +125,8 @@ def train(
         assert folder is not None
         held.enter_context(_interrupted(folder, say))
         held.enter_context(_reported(folder, say, world.leads))
-        say(f"run: {folder.path}")
+        name = run_name(chosen, Path(recipe))
+        say(f"run: {folder.path}" + (f" ({name} is taken)" if begun is None and folder.name != name else ""))
         if watch is not None:
             watch(folder.path)
         checkpoint = resume_from(folder, say) if begun else None

@@ -40,6 +40,12 @@ def find_run(text: str) -> RunFolder:
     raise RecipeError(f"there is no run {text}; {here}")
 
 
+def run_or_model(text: str) -> str:
+    """A run's folder, also where it is given by its name alone; else the text, which then names a model."""
+    named = ROOT / text
+    return str(named) if not Path(text).exists() and (named / "recipe.yaml").is_file() else text
+
+
 def all_runs() -> list[RunFolder]:
     """Those below ./runs, by name."""
     found = sorted(path.parent for path in ROOT.absolute().glob("*/recipe.yaml"))

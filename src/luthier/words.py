@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 
 def duration(seconds: float) -> str:
     """12 s, 4 min 10 s, 2 h 05 min."""
@@ -31,6 +34,12 @@ def eval_line(place: tuple[int, int, int], loss: float, remark: str) -> str:
 def _place(kind: str, step: int, steps: int, epoch: int) -> str:
     last = f"{steps / epoch:.2f}"
     return f"{kind}  {step:>{len(str(steps))}}/{steps}  epoch {step / epoch:{len(last)}.2f}"
+
+
+def quoted(path: object) -> str:
+    """A path as a POSIX shell takes it; letters beyond ASCII need no quotes."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w@%+=:,./-]+", text) else shlex.quote(text)
 
 
 def size(count: int) -> str:

@@ -116,10 +116,20 @@ def test_rows_that_are_not_finite_are_named_and_the_last_checkpoint(tmp_path):
     (tmp_path / "step-000005" / "state.json").write_text("{}")
     error = not_finite("step 7: loss nan, gradient norm nan", range(20), lambda row: row < 8, "a:{}".format, tmp_path)
     assert str(error) == (
-        "step 7: loss nan, gradient norm nan; the weights have not been touched; rows that give this by themselves: "
+        "step 7: loss nan, gradient norm nan; this step has changed no weight; rows that give this by themselves: "
         f"a:8, a:9, a:10, a:11, a:12; last good checkpoint: {tmp_path}/step-000005; "
         "look at those rows, lower train.lr, or compute in fp32"
     )
+
+
+def test_where_all_rows_are_so_it_is_not_theirs(tmp_path):
+    error = not_finite("step 2: …", range(20), lambda row: row > 9, "a:{}".format, tmp_path)
+    assert str(error) == (
+        "step 2: …; this step has changed no weight; every row gives this by itself; last good checkpoint: none yet; "
+        "it is the weights: lower train.lr, or compute in fp32"
+    )
+    error = not_finite("step 2: …", range(20), lambda row: row == 5 or row > 12, "a:{}".format, tmp_path)
+    assert "themselves: a:0, a:1, a:2, a:3, a:4; last" in str(error)
 
 
 def test_no_row_alone(tmp_path):

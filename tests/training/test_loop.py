@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves_and_names_th
     with pytest.raises(RunError) as error:
         fit(tmp_path, model, rows, TrainSection(batch=8, steps=6, save_every=2), say=say)
     assert str(error.value) == (
-        "step 3: loss nan, gradient norm nan; the weights have not been touched; rows that give this by themselves: "
+        "step 3: loss nan, gradient norm nan; this step has changed no weight; rows that give this by themselves: "
         f"rows.jsonl:{third[1] + 1}, rows.jsonl:{third[5] + 1}; "
         f"last good checkpoint: {tmp_path}/checkpoints/step-000002; "
         "look at those rows, lower train.lr, or compute in fp32"
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is(tmp_path):
         RunError, match=r"^step 1: loss \d\.\d+, gradient norm (nan|inf); .* rows\.jsonl:\d+, .* and|^step 1"
     ) as error:
         fit(tmp_path, model, ROWS, TrainSection(batch=8, steps=3), kind="full")
-    assert str(error.value).count("rows.jsonl:") == 5
+    assert "every row gives this by itself" in str(error.value)
 
 
 def test_an_eval_loss_that_is_not_finite(tmp_path):

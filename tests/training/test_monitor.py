@@ -126,7 +126,7 @@ def test_what_breaks_off_the_run_is_its_status(folder):
     assert (status(folder)["state"], status(folder)["message"]) == ("failed", "what went wrong")
     with pytest.raises(KeyboardInterrupt), monitor.told():
         raise KeyboardInterrupt
-    assert (status(folder)["state"], status(folder)["message"]) == ("stopped", "KeyboardInterrupt")
+    assert (status(folder)["state"], status(folder)["message"]) == ("stopped", "nothing new: interrupted")
 
 
 def test_durations():

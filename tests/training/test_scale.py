@@ -98,5 +98,5 @@ def test_a_resumed_run_goes_on_at_its_scale(tmp_path: Path, monkeypatch: pytest.
 def test_gradients_that_overflow_at_any_scale_end_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = lora(tiny("llama"))
     overflowing(monkeypatch, model, largest=0.0)
-    with pytest.raises(Exception, match="step 1: loss .*, gradient norm (inf|nan); the weights have not been touched"):
+    with pytest.raises(Exception, match="step 1: loss .*, gradient norm (inf|nan); this step has changed no weight"):
         fit(tmp_path, model, random_rows(8), TrainSection(batch=8))

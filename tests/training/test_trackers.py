@@ -25,7 +25,7 @@ import pytest
 from conftest import REPOSITORY
 from luthier.folder import RunFolder
 from luthier.training import trackers
-from luthier.training.trackers import PACKAGES, numbers, start_trackers
+from luthier.training.trackers import PACKAGES, alone, numbers, one_line, start_trackers
 
 CARD = {"name": "NVIDIA X", "index": 1, "memory_gib": 14.5, "memory_total_gib": 23.7, "utilisation": None}
 RECIPE = {"model": {"name": "./model"}, "train": {"lr": 2e-4, "steps": 12}, "track": ["wandb"]}
@@ -290,31 +290,86 @@ def wandb_records(path: Path) -> dict[str, Any]:
 # What goes wrong
 
 
-def test_a_killed_run_leaves_a_failed_one_behind_and_no_process(tmp_path: Path) -> None:
-    needs("wandb")
-    process = begin(tmp_path, ["wandb"], range(5), "time.sleep(0.5); print('now', flush=True); time.sleep(60)")
+def killed(folder: Path, names: list[str], steps: range, last: str = "", **environment: str) -> None:
+    """A run that has begun to track those steps, and is killed when the statements `last` are done."""
+    last = f"{READY}\n{last}\nprint('now', flush=True); time.sleep(60)"
+    process = begin(folder, names, steps, last, **environment)
     assert process.stdout
-    assert process.stdout.readline() == "now\n"
+    said = []
+    while (line := process.stdout.readline()) not in ("now\n", ""):
+        said.append(line)
     process.kill()
     process.communicate(timeout=60)
+    assert (line, len(said)) == ("now\n", len(names)), said
+    assert not [line for line in said if " is off: " in line]
+
+
+READY = "while not all(t.ready for t in tracking.on): time.sleep(0.02); tracking.listen()"
+
+
+def test_a_killed_run_leaves_what_it_had_and_no_process(tmp_path: Path) -> None:
+    needs("wandb")
+    names = [name for name in PACKAGES if find_spec(name)]
+    killed(tmp_path, names, range(5))
     assert ended(tmp_path)
     (file,) = tmp_path.glob("runs/town/wandb/offline-run-*/*.wandb")
     found = wandb_records(file)
     assert [line["_step"] for line in found["history"]] == [0, 1, 2, 3, 4]
-    assert found["exit"] == [1]
+    assert "state" not in found["summary"]
+    for path in tmp_path.glob("runs/town/mlruns/*/*/meta.yaml"):
+        assert "status: 1\n" in path.read_text()  # RUNNING: it may go on
+    assert all(path.stat().st_size > 500 for path in tmp_path.glob("runs/town/swanlab/run-*/run-*.swanlab"))
+
+
+SLOW = """
+def note(*what):
+    with open(Path.home() / "notes", "a") as file: print(os.getpid(), *what, file=file)
+def log(figures, step):
+    if "train/loss" in figures: note(step)
+    time.sleep(0.2)
+note("begins")
+def init(**given):
+    return Some(log=log, finish=lambda state, error: note(error), url=None, config=config)
+"""
+
+
+def test_a_run_that_goes_on_waits_for_the_tracker_of_before(tmp_path: Path) -> None:
+    """Killed while the tracker still has steps to log, and gone on with from an earlier step."""
+    package = make_package(tmp_path, SLOW)
+    killed(tmp_path, ["swanlab"], range(1, 9), PYTHONPATH=package)
+    kept = tmp_path / "runs" / "town" / "trackers" / "swanlab.json"
+    assert json.loads(kept.read_text())["step"] < 8
+    assert track(tmp_path, ["swanlab"], range(6, 12), PYTHONPATH=package) == ["track: swanlab: logs"]
+    assert ended(tmp_path)
+    notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    old, new = dict.fromkeys(who for who, _ in notes)
+    first = [(old, what) for what in ("begins", *map(str, range(1, 9)), "killed")]
+    assert [tuple(note) for note in notes] == [*first, *((new, what) for what in ("begins", "9", "10", "11", "done"))]
+    assert json.loads(kept.read_text())["step"] == 11
+
+
+def test_a_tracker_of_before_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hang = "import subprocess\ndef log(*given, **more): subprocess.run(['sleep', '600'], start_new_session=True)"
+    package = make_package(tmp_path, hang)
+    killed(tmp_path, ["swanlab"], range(1, 5), PYTHONPATH=package)
+    monkeypatch.setattr(trackers, "TAKEOVER", 0.2)
+    kept = tmp_path / "runs" / "town" / "trackers" / "swanlab.json"
+    holder = kept.with_suffix(".pid")
+    told = json.loads(holder.read_text())
+    for other in ({"born": told["born"] - 10}, {"place": "another machine"}):
+        holder.write_text(json.dumps(told | other))
+        with pytest.raises(RuntimeError, match="the process that tracked the run before does not end"):
+            alone(kept, 0.2).__enter__()
+    holder.write_text(json.dumps(told))
+    assert len(alive(tmp_path)) == 2
+    with alone(kept, 10):
+        assert alive(tmp_path) == []
+        assert json.loads(holder.read_text())["pid"] == os.getpid()
 
 
 def test_a_tracker_that_hangs_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
-    package = tmp_path / "site" / "swanlab"
-    package.mkdir(parents=True)
     hang = "sys.modules['__main__'].LONELY = 0.1\ndef log(*given, **more): time.sleep(600)"
-    (package / "__init__.py").write_text(STUB + hang)
-    last = "while tracking.on and not tracking.on[0].ready: tracking.listen()\nprint('now', flush=True); time.sleep(60)"
-    process = begin(tmp_path, ["swanlab"], range(1, 5), last, PYTHONPATH=str(package.parent))
-    assert process.stdout
-    assert [process.stdout.readline(), process.stdout.readline()] == ["track: swanlab: http://local\n", "now\n"]
-    process.kill()
-    process.communicate(timeout=60)
+    killed(tmp_path, ["swanlab"], range(1, 5), PYTHONPATH=make_package(tmp_path, hang))
     assert ended(tmp_path)
 
 
@@ -365,7 +420,7 @@ def test_a_package_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     """Nor is it there where W&B, or the user, has left a folder of its name."""
     site = tmp_path / "site"
     site.mkdir()
-    for name in ("filelock",):
+    for name in ("filelock", "psutil"):
         spec = find_spec(name)
         assert spec and spec.origin
         (site / name).symlink_to(Path(spec.origin).parent)
@@ -388,6 +443,14 @@ tracking.end("done", {{}})
     ]
 
 
+def make_package(folder: Path, source: str) -> str:
+    """A package `swanlab` that does as little as it can, then `source`; the folder that it is in."""
+    package = folder / "site" / "swanlab"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(STUB + textwrap.dedent(source))
+    return str(package.parent)
+
+
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Makes a package `swanlab` of that source, starts it, and gives the trackers and what they say."""
@@ -395,11 +458,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     begun = []
 
     def make(source: str) -> tuple[trackers.Trackers, list[str]]:
-        package = tmp_path / "site" / "swanlab"
-        package.mkdir(parents=True)
-        (package / "__init__.py").write_text(STUB + textwrap.dedent(source))
-        monkeypatch.setenv("PYTHONPATH", str(package.parent))
-        monkeypatch.syspath_prepend(package.parent)
+        site = make_package(tmp_path, source)
+        monkeypatch.setenv("PYTHONPATH", site)
+        monkeypatch.syspath_prepend(site)
         monkeypatch.delitem(sys.modules, "swanlab", raising=False)
         (tmp_path / "runs" / "town").mkdir(parents=True)
         said: list[str] = []
@@ -423,7 +484,7 @@ class Settings:
     def __init__(self, **given):
         self.mode, self.api_key, self.log_dir = "local", None, Path("logs")
         self.project = self.experiment = Some(name=None)
-Text = str
+def Text(text, caption): return text
 config = {}
 def init(**given):
     print("a banner")
@@ -477,6 +538,49 @@ def test_a_tracker_that_hangs_costs_its_wait_at_the_end_once(stub: Any, monkeypa
     assert said[1:] == ["track: swanlab did not finish within 0.5 s and was ended; its figures are in metrics.jsonl"]
 
 
+def test_a_tracker_that_is_new_to_a_long_run_catches_up_by_itself(
+    stub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "AHEAD", 100_000)
+    monkeypatch.setattr(trackers, "END", 60.0)
+    tracking, said = stub(
+        """
+        time.sleep(1)
+        file = open(Path.cwd() / "logged", "w", buffering=1)
+        def log(figures, step): file.write(f"{step} {figures['train/loss']}\\n")
+        """
+    )
+    cards = [CARD | {"index": index, "energy_wh": 1.5} for index in range(8)]
+    lines = [row(step) | {"gpu": cards} for step in range(1, 3001)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "runs" / "town" / "metrics.jsonl").write_text(text + '{"step": 3001, "half a li')
+    began = time.monotonic()
+    tracking.catch_up(3000)
+    tracking.log(row(3001))
+    assert time.monotonic() - began < 0.5
+    tracking.end("done", {})
+    assert said == ["track: swanlab: http://local"]
+    expected = [f"{step} {4.0 - step / 8}\n" for step in range(1, 3002)]
+    assert (tmp_path / "logged").read_text() == "".join(expected)
+
+
+def test_a_tracker_that_takes_all_at_once_does_not_hold_the_run_up(stub: Any, tmp_path: Path) -> None:
+    """The run has its turn after every AT_ONCE bytes; here a file is in the pipe's place, and takes what it is given."""
+    tracking, _ = stub("")
+    (tracker,) = tracking.on
+    tracker.waiting += b" " * (3 * trackers.AT_ONCE - 1)
+    into = tracker.into
+    with (tmp_path / "taken").open("wb") as file:
+        tracker.into = file.fileno()
+        tracking.listen()
+        assert os.fstat(tracker.into).st_size <= trackers.AT_ONCE
+        tracking.listen()
+        tracking.listen()
+    tracker.into = into
+    assert (tmp_path / "taken").stat().st_size == 3 * trackers.AT_ONCE - 1
+    tracking.end("done", {})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
@@ -510,6 +614,41 @@ def test_a_tracker_that_asks_or_dies_is_off(stub: Any, source: str, why: str) ->
     tracking.log(row(1))
     wait(tracking, said, 1)
     assert said == [f"track: swanlab is off: {why}{SAFE}"]
+
+
+# What is said
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mlflow: https://me:s3cr@t@host:8080/a", "mlflow: https://host:8080/a"),
+        ("Failed to parse: http://me:sl/ash@host/", "Failed to parse: http://host/"),
+        ("'postgresql://me@db/x', 'mysql+p://a:b@db'", "'postgresql://db/x', 'mysql+p://db'"),
+        ("see https://host:8080/@me or me@host", "see https://host:8080/@me or me@host"),
+        ("401 for Bearer 0123abcd4567; 0123abcd", "401 for Bearer ***; ***"),
+        ("a\nlong\tone \x1b[0m yes", "a *** ␛[0m yes"),
+    ],
+)
+def test_a_line_has_no_secret(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"WANDB_API_KEY": "0123abcd4567", "OF_TOKEN": "0123abcd", "A_PASSWORD": "long\n one", "ONE_KEY": "yes"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert one_line(text) == shown
+
+
+def test_an_error_that_is_cut_short_has_no_half_of_a_secret(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWANLAB_API_KEY", "0123abcd4567")
+    tracking, said = stub("raise ValueError('e' * 180 + ' http://me:' + 'secret' * 9 + '@host 0123abcd4567')")
+    wait(tracking, said, 1)
+    assert said == [f"track: swanlab is off: ValueError: {'e' * 180} http://host ***{SAFE}"]
+
+
+def test_mlflow_is_said_without_its_password(tmp_path: Path) -> None:
+    needs("mlflow")
+    uri = f"sqlite://me:secret@host/{tmp_path}"
+    printed = track(tmp_path, ["mlflow"], range(3), MLFLOW_TRACKING_URI=uri)
+    assert "secret" not in str(printed) and len(printed) == 1
 
 
 # Facts → numbers

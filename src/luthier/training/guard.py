@@ -96,19 +96,24 @@ def not_finite(
     origin: Callable[[int], str],
     checkpoints: Path,
 ) -> RunError:
-    """The error for a loss or gradient that is not finite, naming at most five rows that are so by themselves."""
+    """The error for a loss or gradient that is not finite, naming at most five rows that are so by themselves.
+
+    Where the first six rows all are, it is not theirs.
+    """
     bad: list[str] = []
-    for row in rows:
+    tried = 0
+    for tried, row in enumerate(rows, start=1):
         if not finite_alone(row):
             bad.append(origin(row))
-            if len(bad) == NAMED:
-                break
-    named = f"rows that give this by themselves: {_some(bad)}" if bad else "no row gives this by itself"
-    last = latest(checkpoints)
-    return RunError(
-        f"{where}; the weights have not been touched; {named}; last good checkpoint: {last or 'none yet'}; "
-        "look at those rows, lower train.lr, or compute in fp32"
-    )
+        if len(bad) == (NAMED + 1 if tried == len(bad) else NAMED):
+            break
+    if tried == len(bad) > 2:
+        named, remedy = "every row gives this by itself", "it is the weights: lower train.lr, or compute in fp32"
+    else:
+        named = f"rows that give this by themselves: {_some(bad)}" if bad else "no row gives this by itself"
+        remedy = "look at those rows, " * bool(bad) + "lower train.lr, or compute in fp32"
+    last = latest(checkpoints) or "none yet"
+    return RunError(f"{where}; this step has changed no weight; {named}; last good checkpoint: {last}; {remedy}")
 
 
 @dataclass

@@ -95,6 +95,18 @@ class Heard:
     failures: list[Exception] = field(default_factory=list)
     run: Path | None = None
 
+    def note(self, failure: str) -> None:
+        """Put why the run failed into its status.json, whose process knew only that another one had ended."""
+        from luthier.folder import RunFolder, read_json, write_json
+
+        if self.run is None:
+            return
+        path = RunFolder(self.run).status
+        status = read_json(path)
+        if status and status["state"] in ("running", "failed"):
+            with suppress(OSError):
+                write_json(path, status | {"state": "failed", "message": failure})
+
     def standing(self) -> str:
         """The end of a message: where the run stands, if there is one yet."""
         from luthier.folder import RunFolder
@@ -144,7 +156,9 @@ def _result(heard: Heard, signals: list[int], say: Say) -> Any:
     if signals:  # who was still at work then misses those who ended of it
         failures = [one for one in failures if not isinstance(one, LostError)]
     if failures:
-        raise next((one for one in failures if not isinstance(one, LostError)), failures[0])
+        failure = next((one for one in failures if not isinstance(one, LostError)), failures[0])
+        heard.note(str(failure))
+        raise failure
     if not heard.results:
         _say_interrupted(heard, say)
         signal.raise_signal(signals[0])

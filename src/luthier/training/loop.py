@@ -209,16 +209,8 @@ class Training:
         self.monitor.enter("preflight")
         disk = ""
         if leads:
-            disk = check_room(
-                self.folder,
-                self.model,
-                self.parameters,
-                self.write,
-                section,
-                self.kind,
-                self.steps,
-                self.order.steps_per_epoch,
-            )
+            course = (self.kind, self.steps, self.order.steps_per_epoch)
+            disk = check_room(self.folder, self.model, self.parameters, self.write, section, *course)
         tried = Preflight(self.gradients)
         paged = section.optimizer.startswith("paged")  # what has no room on the GPU goes to the CPU's memory
         reserved = 0 if paged or self.optimizer.state else moments(self.parameters, section.optimizer)

@@ -160,9 +160,11 @@ class Monitor:
         try:
             yield
         except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
             with suppress(OSError):
-                self.end("stopped" if interrupted else "failed", str(error) or type(error).__name__)
+                if isinstance(error, KeyboardInterrupt):
+                    self.end("stopped", "nothing new: interrupted")
+                else:
+                    self.end("failed", str(error) or type(error).__name__)
             raise
 
     def _before(self) -> dict[str, Any]:

@@ -15,25 +15,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
 
-import psutil
-from filelock import FileLock, Timeout
-
-from luthier.folder import read_json
-from luthier.history import place
-from luthier.training.trackers import one_line, read_logged
+from luthier.training.trackers import alone, one_line, read_logged
 
 PROJECT = "luthier"
 """The project or experiment where the user's environment names none."""
 LONELY = 60.0
 """Seconds to finish in when the run's process has been killed."""
-TAKEOVER = 20.0
-"""Seconds that such a process has left when the run goes on; then it is ended. Only the new one waits for it."""
 QUIET = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_INIT_TIMEOUT": "20",  # seconds; its own 90 would be up with ours
@@ -119,41 +112,8 @@ def _serve(name: str, messages: Iterator[dict[str, Any]], say: Any) -> None:
     about = next(messages)["start"]
     path = Path(about["folder"], "trackers", f"{name}.json")
     path.parent.mkdir(exist_ok=True)
-    with alone(path):
+    with alone(path, LONELY):
         _work(name, path, about, messages, say)
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """In the block no other process works for the run of trackers/NAME.json; one that still does has TAKEOVER seconds.
-
-    Then it is killed with what it has started (NAME.pid says who it is). On another machine it cannot be, but it ends
-    by itself within LONELY seconds. Errors: RuntimeError when it has not.
-    """
-    lock, holder = FileLock(path.with_suffix(".lock")), path.with_suffix(".pid")
-    try:
-        lock.acquire(timeout=TAKEOVER)
-    except Timeout:
-        _end(read_json(holder) or {})
-        with suppress(Timeout):
-            lock.acquire(timeout=LONELY)
-    if not lock.is_locked:
-        raise RuntimeError("the process that tracked the run before it went on does not end")
-    me = psutil.Process()
-    holder.write_text(json.dumps({"pid": me.pid, "born": me.create_time(), "place": place()}), "utf-8")
-    with lock:
-        yield
-
-
-def _end(holder: dict[str, Any]) -> None:
-    """Kill that process and its children, W&B's service among them, unless its number is another's by now."""
-    with suppress(psutil.NoSuchProcess):
-        if (
-            holder.get("place") == place()
-            and abs((old := psutil.Process(holder["pid"])).create_time() - holder["born"]) < 2
-        ):
-            for process in (old, *old.children(recursive=True)):
-                process.kill()
 
 
 def _work(name: str, path: Path, about: dict[str, Any], messages: Iterator[dict[str, Any]], say: Any) -> None:

@@ -15,12 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier.folder import RunFolder
+import psutil
+from filelock import FileLock, Timeout
+
+from luthier.folder import RunFolder, read_json
+from luthier.history import place
 from luthier.html import visible
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "swanlab": "swanlab", "tensorboard": "tensorboard"}
@@ -29,10 +33,12 @@ START = 90.0
 """Seconds until a tracker that has not started is given up. Nobody waits for it: what it is to log lies ready."""
 END = 10.0
 """Seconds that all trackers together have at the end of a run; what is not done by then is ended."""
+TAKEOVER = 20.0
+"""Seconds that the tracker of a killed run has left when the run goes on. Only the new tracker waits for it."""
 AHEAD = 32 * 2**20
 """Bytes that wait for a tracker at most: a step takes about 300, with eight GPUs 1,300."""
-AT_ONCE = 16
-"""Writes into the pipe (64 KiB) at most before the run has its turn again: a tracker may take them as they come."""
+AT_ONCE = 2**20
+"""Bytes that are written at most before the run has its turn again: a tracker may take them as fast as they come."""
 SAFE = "its figures are in metrics.jsonl"
 
 NAMES = {
@@ -76,7 +82,7 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], folder: RunFolder, recipe: dict[str, Any], say: Callable[[str], None]
     ) -> None:
-        self.say, self.on = lambda text: say(one_line(text)), list[Tracker]()
+        self.say, self.on = say, list[Tracker]()
         for name in names:
             if not _installed(name):
                 self._off(name, f"not installed (pip install {PACKAGES[name]}, or all: pip install 'luthier[track]')")
@@ -135,7 +141,7 @@ class Trackers:
             off = tracker.flush()
             for message in tracker.heard():
                 if "told" in message:
-                    self.say(f"track: {message['told']}")
+                    self.say(f"track: {one_line(message['told'])[:400]}")
                 off = message.get("off", off)
             if off is None and not tracker.ready and time.monotonic() - tracker.began > START:
                 off = f"it did not start within {START:g} s"
@@ -173,7 +179,7 @@ class Tracker:
     def flush(self) -> str | None:
         """Write as much of what waits as the pipe takes; why there is no use in going on, if so."""
         with suppress(BlockingIOError, BrokenPipeError):  # a process that has ended says why, to `heard`
-            for _ in range(AT_ONCE):
+            for _ in range(0, min(len(self.waiting), AT_ONCE), 65536):
                 del self.waiting[: os.write(self.into, self.waiting[:65536])]
         return None if len(self.waiting) <= AHEAD else "it hangs, or does not keep up with the run"
 
@@ -203,6 +209,41 @@ class Tracker:
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
             pipe.close()
+
+
+@contextmanager
+def alone(path: Path, lonely: float) -> Iterator[None]:
+    """In the block, in a tracker's process, no other one works for the run of that trackers/NAME.json.
+
+    One that still does since its run was killed is killed, too, after TAKEOVER seconds, with what it has started
+    (NAME.pid says who it is). On another machine it cannot be, but ends by itself `lonely` seconds after its run.
+    Errors: RuntimeError when it has not.
+    """
+    lock, holder, me = FileLock(path.with_suffix(".lock")), path.with_suffix(".pid"), psutil.Process()
+    try:
+        lock.acquire(timeout=TAKEOVER)
+    except Timeout:
+        _end(read_json(holder) or {})
+        try:
+            lock.acquire(timeout=lonely)
+        except Timeout:
+            raise RuntimeError("the process that tracked the run before does not end") from None
+    try:
+        holder.write_text(json.dumps({"pid": me.pid, "born": me.create_time(), "place": place()}), "utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _end(holder: dict[str, Any]) -> None:
+    """Kill that process and its children, W&B's service among them, unless its number is another's by now."""
+    if holder.get("place") != place():
+        return
+    with suppress(psutil.NoSuchProcess):
+        old = psutil.Process(holder["pid"])
+        if abs(old.create_time() - holder["born"]) < 2:
+            for process in (old, *old.children(recursive=True)):
+                process.kill()
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
