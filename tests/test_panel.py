@@ -341,11 +341,8 @@ def test_lines_stand_above_and_the_panel_stays_in_its_final_state(tmp_path, term
     terminal.go_on()
     rows = terminal.read(ended)
     assert process.wait(10) == 0 and terminal.cursor
-    assert (
-        rows[0] == "first"
-        and rows[1].startswith("[bold]second word")
-        and "".join(rows[1:4])[13:] == ("word " * 30).strip()
-    )
+    assert rows[0] == "first" and rows[1].startswith("[bold]second word") and rows[2].startswith("  word word")
+    assert " ".join(" ".join(rows[1:4]).split()) == "[bold]second " + " ".join(["word"] * 30)
     assert rows[4] == "a stray one" and rows[5].startswith("╭─ town") and rows[5].endswith(" done ─╮")
     assert "adapter/ holds step 80" in rows[7]
     assert rows[-2].startswith("╰") and rows[-1] == "last" and sum("╭" in row for row in rows) == 1

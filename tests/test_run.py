@@ -482,7 +482,8 @@ def test_what_a_run_can_be_called_and_where_it_lies(tmp_path: Path) -> None:
     for name in ("../x", ".hidden", "a/b", ""):
         with pytest.raises(RecipeError) as caught:
             RunFolder.create(name, tmp_path)
-        assert str(caught.value) == (f"run: {name!r} cannot be a folder's name; use letters, digits, blanks, '-', '_' and '.'")
+        cannot = f"run: {name!r} cannot be a folder's name"
+        assert str(caught.value) == f"{cannot}; use letters, digits, blanks, '-', '_' and '.'"
     assert [RunFolder.create("甄嬛 1", tmp_path).name for _ in range(2)] == ["甄嬛 1", "甄嬛 1-2"]
     (tmp_path / "runs").rename(tmp_path / "old")
     (tmp_path / "runs").write_text("")

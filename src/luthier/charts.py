@@ -17,6 +17,8 @@ Point = tuple[float, float]
 
 WIDE, TALL = 440.0, 200.0  # of the viewBox, whose units are about pixels where two charts stand side by side
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 424.0, 10.0, 178.0  # of the lines' own field in it
+ROW = 464.0  # by so much is a chart wider that takes the room of two
+DECADE = 10  # times the least value: what spreads less is drawn on a linear scale
 MOST = 400  # points drawn of a series, however long the run
 STRIPS = 200  # places that say their values when pointed at, beside those with a dot
 SMOOTHED_FROM = 20  # points; fewer are not smoothed
@@ -33,6 +35,7 @@ STYLE = """
 [data-jp-theme-light="false"] .chart { --c0: #62b1f3; --c1: #f39a57; --c2: #63c792; --c3: #c89ced }
 .chart figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; font-size: .85rem;
   padding: 0 3.5% 0 10%; color: var(--soft, currentColor) }
+.chart.wide figcaption { padding: 0 1.7% 0 4.9% }
 .chart figcaption b { color: var(--ink, currentColor) }
 .chart svg { display: block; width: 100%; height: auto; overflow: visible }
 .chart .key { white-space: nowrap } .chart .key:not(:last-child) { margin-right: .9rem }
@@ -64,27 +67,32 @@ class Series:
     style: Literal["line", "smoothed", "dots"] = "line"
 
 
-def line_chart(series: Sequence[Series], *, x: str, y: str, log: bool = False, zero: bool = False) -> Html:
-    """A figure as wide as the room it is given. x, y: the axes' names. log: of y. zero: y begins at 0.
+def line_chart(
+    series: Sequence[Series], *, x: str, y: str, log: bool = False, zero: bool = False, wide: bool = False
+) -> Html:
+    """A figure as wide as the room it is given. x, y: the axes' names. zero: y begins at 0. wide: in the room of two.
 
-    Points that are not finite are left out, on a logarithmic axis those of 0 and below as well.
+    log: y is logarithmic, if its values spread over a decade at least. Points that are not finite are left out, on a
+    logarithmic axis those of 0 and below as well.
     """
+    log = log and spread_over([value for one in series for _, value in one.points], DECADE)
     sound = [replace(one, points=[p for p in one.points if _sound(p, log)]) for one in series]
     drawn = [one for one in sound if one.points]
     keys = [tag("span", _key(one, number), one.name, class_="key") for number, one in enumerate(drawn)]
     title = tag("span", tag("b", y), f" by {x}{', log scale' if log else ''}")
     caption = tag("figcaption", title, tag("span", *(keys if len(keys) > 1 else [])))
+    kind = "chart wide" if wide else "chart"
     if not drawn:
-        return tag("figure", caption, tag("p", "no values", class_="soft"), class_="chart")
-    across = _axis([p[0] for one in drawn for p in one.points], LEFT, RIGHT)
+        return tag("figure", caption, tag("p", "no values", class_="soft"), class_=kind)
+    more = ROW if wide else 0.0
+    across = _whole_axis([p[0] for one in drawn for p in one.points], LEFT, RIGHT + more, most=12 if wide else 6)
     values = [p[1] for one in drawn for p in one.points]
     values += [0.0] if zero and any(values) else [0.0, 1.0] if zero else []
     up = _log_axis(values, BOTTOM, TOP) if log else _widened(_axis(values, BOTTOM, TOP, most=5))
     lines = [part for number, one in enumerate(drawn) for part in _drawn(one, number, across, up)]
-    about = {"viewBox": f"0 0 {WIDE:g} {TALL:g}", "role": "img", "aria-label": f"{y} by {x}"}
-    return tag(
-        "figure", caption, tag("svg", *_grid(across, up), *lines, *_strips(drawn, across), **about), class_="chart"
-    )
+    about = {"viewBox": f"0 0 {WIDE + more:g} {TALL:g}", "role": "img", "aria-label": f"{y} by {x}"}
+    picture = tag("svg", *_grid(across, up), *lines, *_strips(drawn, across), **about)
+    return tag("figure", caption, picture, class_=kind)
 
 
 def sparkline(values: Sequence[float]) -> Html:
@@ -107,6 +115,12 @@ def sparkline(values: Sequence[float]) -> Html:
 def steep(values: Sequence[float]) -> bool:
     """Do they ask for a log scale? On a linear one the end of such a curve is a flat line."""
     return bool(values) and max(values) > STEEP * min(values) > 0
+
+
+def spread_over(values: Sequence[float], times: float) -> bool:
+    """Is the greatest value so many times the least above 0, at least?"""
+    above = [value for value in values if TINY < value < math.inf]
+    return bool(above) and max(above) >= times * min(above)
 
 
 def smoothed(points: Sequence[Point], log: bool = False) -> list[Point]:
@@ -165,6 +179,17 @@ class _Axis:
     def said(self, tick: float) -> str:
         largest = max(map(abs, self.ticks)) if self.step else tick
         return _label(tick, self.step or tick, largest)
+
+
+def _whole_axis(values: Sequence[float], start: float, stop: float, most: int) -> _Axis:
+    """A linear axis of whole numbers, as steps are, that begins at a tick: at 0 where its first value is near."""
+    low, high = min(values), max(values)
+    step = max(1.0, _nice((high - low or 1.0) / most))
+    first = math.floor(low / step + 1e-6)
+    high = max(high, (first + 1) * step)
+    return _Axis(
+        first * step, high, start, stop, [n * step for n in range(first, math.floor(high / step + 1e-6) + 1)], step
+    )
 
 
 def _axis(values: Sequence[float], start: float, stop: float, most: int = 6) -> _Axis:
@@ -231,7 +256,7 @@ def shown(value: float) -> str:
 
 
 def _grid(across: _Axis, up: _Axis) -> list[Html]:
-    rules = "".join(f"M{LEFT:g} {up.place(tick):.1f}H{RIGHT:g}" for tick in up.ticks)
+    rules = "".join(f"M{across.start:g} {up.place(tick):.1f}H{across.stop:g}" for tick in up.ticks)
     rules += "".join(f"M{across.place(tick):.1f} {BOTTOM:g}v4" for tick in across.ticks)
     named = [tag("text", up.said(t), class_="y", x=f"{LEFT - 6:g}", y=f"{up.place(t) + 3.5:.1f}") for t in up.ticks]
     named += [
@@ -281,7 +306,7 @@ def _strips(series: Sequence[Series], across: _Axis) -> list[Html]:
     for one in series:
         (dots if one.style == "dots" else lines).update(place for place, _ in thinned(one.points, STRIPS))
     chosen = sorted(dots | set(sorted(lines)[:: math.ceil(len(lines) / STRIPS) or 1]))
-    edges = [LEFT, *((across.place(a) + across.place(b)) / 2 for a, b in pairwise(chosen)), RIGHT]
+    edges = [across.start, *((across.place(a) + across.place(b)) / 2 for a, b in pairwise(chosen)), across.stop]
     parts = []
     for place, (start, stop) in zip(chosen, pairwise(edges), strict=True):
         said = [f"{one.name} {shown(at[place])}" for one, at in zip(series, known, strict=True) if place in at]

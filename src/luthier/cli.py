@@ -150,6 +150,8 @@ def train(
 
     Checkpoints, metrics and the adapter lie in runs/NAME. Ctrl-C finishes the step and saves.
     """
+    if sys.stdout.isatty():
+        say("loading libraries, data and model …")  # which takes some seconds
     from luthier.run import train as train_run
 
     with _screen() as screen:

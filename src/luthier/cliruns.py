@@ -6,20 +6,47 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from luthier.errors import RecipeError, RunError
+from luthier.words import quoted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from luthier.history import History
 
-runs_app = typer.Typer(help="Runs: list, show, watch, stop, compare, clean.")
 
+class Verb(TyperCommand):
+    """A verb whose usage has the arguments' names as they are: RUN, where typer writes {RUN} for what has to be."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.translate({ord("{"): None, ord("}"): None}) for piece in super().collect_usage_pieces(ctx)]
+
+
+class Verbs(TyperGroup):
+    """The verbs of `luthier runs`. The name of a run is none, but the next best thing."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        run = None
+        if args[0] not in self.commands:
+            from luthier.runs import find_run
+
+            with suppress(RecipeError):
+                run = quoted(find_run(args[0]).shown)
+            if run:
+                raise RecipeError(f"{args[0]} is a run, no command; try: luthier runs show {run}")
+        return super().resolve_command(ctx, args)
+
+
+runs_app = typer.Typer(cls=Verbs, help="Runs: list, show, watch, stop, compare, clean.")
+
+Json = Annotated[bool, typer.Option("--json", help="A JSON line a run.")]
 Name = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name alone.")]
 PIPED = 80
 """Characters of a line where there is no terminal to tell its width."""
@@ -28,16 +55,18 @@ UNCUT = 1000
 
 
 @runs_app.callback(invoke_without_command=True)
-def runs(
-    context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON line a run.")] = False,
-) -> None:
+def runs(context: typer.Context, as_json: Json = False) -> None:
     """The runs below ./runs, newest first.
 
     What each is at, its last loss, its best eval loss, the time since its last sign, and what it holds on the disk.
     """
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        list_runs(as_json)
+
+
+@runs_app.command("list", cls=Verb)
+def list_runs(as_json: Json = False) -> None:
+    """The same as `luthier runs` alone."""
     from luthier.runs import ROOT, all_runs, glance, silent_for
 
     histories = sorted((glance(folder) for folder in all_runs()), key=silent_for)
@@ -54,9 +83,12 @@ def runs(
         print(f"no runs below {ROOT.absolute()}; begin one with: luthier train RECIPE, or luthier quickstart")
 
 
-@runs_app.command()
+@runs_app.command(cls=Verb)
 def show(run: Name) -> None:
-    """One run on a screen: recipe, progress, losses, samples, files, and what to do next."""
+    """One run on a screen.
+
+    Its recipe, progress, losses, samples and files, and what to do next.
+    """
     from luthier.history import read_history
     from luthier.runs import find_run
     from luthier.runsview import show_run
@@ -65,9 +97,12 @@ def show(run: Name) -> None:
     _print(lambda console: show_run(history, console))
 
 
-@runs_app.command()
+@runs_app.command(cls=Verb)
 def watch(run: Name) -> None:
-    """Follow a run that trains elsewhere, as its own terminal shows it. Ctrl-C leaves it alone."""
+    """Follow a run that trains elsewhere.
+
+    As its own terminal shows it. Ctrl-C leaves the run alone.
+    """
     from rich.console import Console
 
     from luthier.panel import watch as follow
@@ -76,20 +111,23 @@ def watch(run: Name) -> None:
     folder = find_run(run)
     history = follow(folder, Console(highlight=False))
     if history.state == "running":
-        print(f"{folder.shown} goes on by itself; back to it with: luthier runs watch {folder.shown}")
+        print(f"{folder.shown} goes on by itself; back to it with: luthier runs watch {quoted(folder.shown)}")
     else:
         print(f"{folder.shown}: {has_ended(history)}")
 
 
-@runs_app.command()
+@runs_app.command(cls=Verb)
 def stop(
     run: Name,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask it to stop, and leave it to that.")] = False,
 ) -> None:
-    """Stop a run: it finishes its step and writes a checkpoint."""
+    """Stop a run, so that it can go on later.
+
+    It finishes its step and writes a checkpoint.
+    """
     from rich.console import Console
 
-    from luthier.runs import ask_to_stop, find_run, has_ended, wait_for_end
+    from luthier.runs import ask_to_stop, find_run, goes_on, has_ended, wait_for_end
 
     folder = find_run(run)
     ask_to_stop(folder)
@@ -104,20 +142,23 @@ def stop(
 
             history = wait_for_end(folder, tell, until_heard=no_wait)
     except KeyboardInterrupt:
-        print(f"\nnot waited for: {folder.shown} stops by itself; see luthier runs show {folder.shown}")
+        print(f"\nnot waited for: {folder.shown} stops by itself; see luthier runs show {quoted(folder.shown)}")
         return
     if history.state == "failed":
-        raise RunError(f"{folder.shown} failed while it stopped: {history.status['message']}; {folder.standing()}")
+        raise RunError(f"{folder.shown} failed while it stopped: {history.status['message']}; {goes_on(history)}")
     if history.state != "running":
         print(f"{folder.shown}: {has_ended(history)}")
 
 
-@runs_app.command()
+@runs_app.command(cls=Verb)
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or their names.")],
     html: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("runs-compare.html"),
 ) -> None:
-    """Runs side by side: what their recipes say differently, their curves, their final figures; also as a page."""
+    """Runs side by side, also as a page.
+
+    Their final figures, their curves, and what their recipes say differently.
+    """
     from luthier.folder import write_atomic
     from luthier.history import read_history
     from luthier.runs import find_run
@@ -134,7 +175,7 @@ def compare(
     print(f"page: {html}")
 
 
-@runs_app.command()
+@runs_app.command(cls=Verb)
 def clean(
     runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="These runs only.")] = None,
     dead: Annotated[
@@ -143,10 +184,12 @@ def clean(
     whole: Annotated[bool, typer.Option("--all", help="Remove the named runs, whatever they hold.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Free space: the checkpoints of runs that are done, whose result stays.
+    """Free space: checkpoints of runs that are done.
 
-    It says what would go and how much, and asks. Runs that train are left alone, and checkpoints that a run can go
-    on from.
+    Their results stay. It says what would go and how much, and asks. Runs that train are left alone, and checkpoints
+    that a run can go on from.
+
+    Example: luthier runs clean --all town-2
     """
     from luthier.runs import all_runs, find_run, leftovers, removal, remove, sweep, why_kept
     from luthier.runsview import show_removals

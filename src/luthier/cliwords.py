@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +12,17 @@ from typing import Annotated
 import typer
 
 from luthier.training.launch import rank
+from luthier.words import broken
 
 GONE = {errno.EIO, errno.EPIPE}
 """What the system calls a terminal that was closed, and a pipe whose reader has ended."""
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As train.lr=1e-4.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="A key of the recipe with another value, as train.lr=1e-4."),
+]
 
 
 def say(line: str) -> None:
@@ -25,7 +30,7 @@ def say(line: str) -> None:
     if rank() != 0:
         return
     try:
-        print(line, flush=True)
+        print(broken(line, shutil.get_terminal_size().columns) if sys.stdout.isatty() else line, flush=True)
     except OSError as error:
         if error.errno not in GONE:
             raise

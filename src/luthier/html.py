@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #5d6673; --line: #d9dde3; --paper: #fff; --panel: #f5f6f8;
@@ -27,7 +28,7 @@ th { font-weight: 600; font-size: .85rem } td, .text { white-space: pre-wrap; ov
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 2.25rem; margin: 1.2rem 0 }
 .figures dd { margin: 0; font-size: 1.45rem; font-weight: 600 } .figures dt { font-size: .85rem }
-.figures div { display: flex; flex-direction: column }
+.figures div { display: flex; flex-direction: column } .figures small { display: block; max-width: 13rem }
 .histogram { margin: .6rem 0; max-width: 34rem } .histogram svg { width: 100%; height: 4.5rem; fill: var(--good) }
 .histogram figcaption { display: flex; justify-content: space-between; border-top: 1px solid var(--line) }
 figcaption { font-size: .8rem }
@@ -84,22 +85,35 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") 
     return tag("div", tag("table", top, body, class_=class_), class_="scroll")
 
 
-def figures(pairs: Iterable[tuple[str, str]]) -> Html:
-    """The numbers that matter, large, each as (value, name)."""
-    return tag("dl", *(tag("div", tag("dd", value), tag("dt", name)) for value, name in pairs), class_="figures")
+def figures(given: Iterable[tuple[str, ...]]) -> Html:
+    """The numbers that matter, large, each as (value, name), or as (value, name, what it means), the last in small."""
+    parts = [
+        tag("div", tag("dd", value), tag("dt", name, *(tag("small", said) for said in more)))
+        for value, name, *more in given
+    ]
+    return tag("dl", *parts, class_="figures")
 
 
-def histogram(counts: Sequence[int], edges: Sequence[int], unit: str) -> Html:
-    """Bars as inline SVG: counts[i] whole numbers n have edges[i] ≤ n < edges[i + 1] (one edge more than counts)."""
+def even(edges: Sequence[int]) -> bool:
+    """Are the bars of a histogram of one width? Where they grow, its scale is logarithmic."""
+    return len({high - low for low, high in pairwise(edges)}) == 1
+
+
+def histogram(counts: Sequence[int], edges: Sequence[int], last: int) -> Html:
+    """Rows by length as inline SVG: counts[i] of them have edges[i] ≤ tokens < edges[i + 1] (one edge more).
+
+    last: tokens of the longest row. The caption says where the scale is logarithmic.
+    """
     step, top = 100 / len(counts), max(*counts, 1)
     bars = []
     for i, count in enumerate(counts):
         tall = max(40 * count / top, 0.5) if count else 0  # a single thing among thousands is seen, too
-        about = tag("title", f"{edges[i]:,} – {edges[i + 1] - 1:,}: {count:,}")
+        said = tag("title", f"{edges[i]:,} – {min(edges[i + 1] - 1, last):,}: {count:,}")
         place = {"x": i * step, "y": 40 - tall, "width": step * 0.9, "height": tall}
-        bars.append(tag("rect", about, **{name: f"{value:.2f}" for name, value in place.items()}))
+        bars.append(tag("rect", said, **{name: f"{value:.2f}" for name, value in place.items()}))
     picture = tag("svg", *bars, viewBox="0 0 100 40", preserveAspectRatio="none", role="img")
-    axis = tag("figcaption", *(tag("span", text) for text in (f"{edges[0]:,}", unit, f"{edges[-1] - 1:,}")))
+    about = "rows by length in tokens" + ("" if even(edges) else "; lengths on a log scale")
+    axis = tag("figcaption", *(tag("span", text) for text in (f"{edges[0]:,}", about, f"{last:,}")))
     return tag("figure", picture, axis, class_="histogram")
 
 

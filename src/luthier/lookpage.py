@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +14,9 @@ from rich.text import Text
 
 from luthier.data.inspect import PERCENTILES, Check, Lengths, Look, Shown
 from luthier.data.pieces import Piece
-from luthier.html import Html, escape, figures, histogram, join, page, table, tag, visible
+from luthier.html import Html, escape, even, figures, histogram, join, page, table, tag, visible
 
 TAUGHT, SPECIAL, SOFT = "green", "magenta", "bright_black"
-IDS_SHOWN = 60  # on the terminal; the page has them all
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MARKS = {"fine": ("✓", "green"), "notice": ("!", "yellow"), "wrong": ("✗", "red")}
 STYLE = """
@@ -25,6 +26,7 @@ STYLE = """
   margin: 0 1px }
 .checks td:nth-child(2) { white-space: nowrap; width: 1% } 
 .checks td:first-child { width: 1.5rem } .checks thead { display: none }
+.fine { color: var(--good) } details ul { margin: .3rem 0; padding-left: 1.4rem; color: var(--soft) }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0 2rem }
 """
 
@@ -57,18 +59,15 @@ def show(look: Look, console: Console) -> None:
     for row in look.rows:
         console.rule(Text(f"{row.origin} · {_counted(row)}", SOFT), style=SOFT, align="left")
         console.print(_coloured(row.pieces, bracketed), soft_wrap=True)  # the terminal breaks lines, not the words
-        console.print(_ids(row.ids), overflow="fold")
+        console.print(_ids(row.ids, console.width))
 
 
 def _overview(look: Look) -> Iterator[str]:
-    report = look.report  # its sources were said when they were read
+    report = look.report  # its sources and rows were said when they were read
     first = f"begins with {look.first_token}" if look.first_token else "begins with no token of its own"
     yield f"template {report['template']}: a row {first}; an answer ends with {' or '.join(look.end_tokens)}"
-    held = f", {report['eval_rows']:,} rows held out" if report["eval_rows"] else ", none held out"
-    yield (
-        f"{report['train_rows']:,} rows to train on{held}; {report['train_tokens']:,} tokens, "
-        f"{look.supervised_share:.1%} of them taught".replace("%", " %")
-    )
+    taught = f"{look.supervised_share:.1%}".replace("%", " %")
+    yield f"{report['train_tokens']:,} tokens to train on, {taught} of them taught"
 
 
 def _lengths_table(lengths: Sequence[Lengths]) -> Table:
@@ -87,7 +86,8 @@ def _spreads_table(lengths: Sequence[Lengths]) -> Table:
     for part in lengths:
         high = max(part.counts)
         bars = "".join(BLOCKS[-(-count * 8 // high)] for count in part.counts)  # rounded up: one row is seen
-        grid.add_row(part.what, f"{part.edges[0]:,}", Text(bars, TAUGHT), f"{part.edges[-1] - 1:,}")
+        scale = Text("" if even(part.edges) else "log scale", SOFT)
+        grid.add_row(part.what, f"{part.edges[0]:,}", Text(bars, TAUGHT), f"{part.percentiles[-1]:,}", scale)
     return grid
 
 
@@ -106,14 +106,21 @@ def _checks_table(checks: Sequence[Check]) -> Table:
             about = Text("\n".join([check.what, *map(visible, check.named)]))
             about.stylize(SOFT, len(check.what))
             grid.add_row(Text(*MARKS[check.weight]), _share(check), about)
-    fine = "; ".join(check.what for check in checks if not check.count)
-    if fine:
-        grid.add_row(Text(*MARKS["fine"]), "none", Text(fine))
+    if fine := _fine(checks):
+        grid.add_row(Text(*MARKS["fine"]), "none", Text.assemble(_found_nothing(fine), (f": {'; '.join(fine)}", SOFT)))
     return grid
 
 
+def _fine(checks: Sequence[Check]) -> list[str]:
+    return [check.what for check in checks if not check.count]
+
+
+def _found_nothing(fine: Sequence[str]) -> str:
+    return f"{len(fine)} checks found nothing" if len(fine) > 1 else "1 check found nothing"
+
+
 def _share(check: Check) -> str:
-    return f"{check.count:,} of {check.of:,}" if check.count else "none"
+    return f"{check.count:,} of {check.of:,}"
 
 
 def _legend(bracketed: bool) -> Text:
@@ -145,18 +152,28 @@ def _coloured(pieces: Sequence[Piece], bracketed: bool) -> Text:
     return text.append("⟧") if open_ else text
 
 
-def _ids(ids: Sequence[int]) -> Text:
-    more = f" … {len(ids) - IDS_SHOWN:,} more" if len(ids) > IDS_SHOWN else ""
-    return Text("ids " + " ".join(map(str, ids[:IDS_SHOWN])) + more, SOFT)
+def _ids(ids: Sequence[int], width: int) -> Text:
+    """As many as one line of the terminal holds; the page has them all."""
+    words = [f" {id}" for id in ids]
+    more = f" … {len(ids):,} in all"
+    ends = list(accumulate(map(len, words), initial=len("ids")))
+    if ends[-1] > width:
+        words = [*words[: sum(end + len(more) <= width for end in ends[1:])], more]
+    return Text("ids" + "".join(words), SOFT)
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def look_html(look: Look) -> str:
-    """The page: figures, sources, lengths, checks, and the rows token by token (a token's id when pointed at)."""
+def look_html(look: Look, *, recipe: str = "", model: str = "") -> str:
+    """The page: figures, sources, lengths, checks, and the rows token by token (a token's id when pointed at).
+
+    recipe: the file's name, or the run's. model: its name as the recipe has it.
+    """
+    title = f"{recipe}: the data as the model sees it" if recipe else "The data as the model sees it"
     note = next(line for line in _overview(look) if line.startswith("template "))
-    return page("The data as the model sees it", note, *look_parts(look), style=STYLE)
+    name = model if ":" in model else Path(model).name
+    return page(title, f"model {name} · {note}" if name else note, *look_parts(look), style=STYLE)
 
 
 def look_parts(look: Look) -> list[Html]:
@@ -200,8 +217,11 @@ def _checks(checks: Sequence[Check]) -> Html:
         for check in checks
         if check.count
     ]
-    fine = "; ".join(check.what for check in checks if not check.count)
-    return table(["", "", ""], [*rows, ["✓", "none", fine]], class_="checks")
+    parts = [table(["", "", ""], rows, class_="checks")] if rows else []
+    if fine := _fine(checks):
+        title = tag("summary", tag("span", "✓", class_="fine"), f" {_found_nothing(fine)}")
+        parts.append(tag("details", title, tag("ul", *(tag("li", what) for what in fine))))
+    return join(parts)
 
 
 def _length_row(part: Lengths) -> list[str]:
@@ -209,7 +229,7 @@ def _length_row(part: Lengths) -> list[str]:
 
 
 def _bars(part: Lengths) -> Html:
-    return tag("div", tag("h3", part.what), histogram(part.counts, part.edges, "tokens, rows by length (log scale)"))
+    return tag("div", tag("h3", part.what), histogram(part.counts, part.edges, part.percentiles[-1]))
 
 
 def _legend_html() -> Html:

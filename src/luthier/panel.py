@@ -20,7 +20,7 @@ from luthier.folder import RunFolder, read_json
 from luthier.history import Follower, History
 from luthier.html import visible
 from luthier.panelparts import SOFT
-from luthier.words import eval_line, step_line
+from luthier.words import broken, eval_line, step_line
 
 NARROWEST, LOWEST = 60, 16  # of a terminal that a panel fits into
 TICK, SLOWEST = 0.3, 2.0  # seconds from look to look, at least and at most
@@ -97,7 +97,7 @@ class Screen:
                 try:
                     self._climb()
                     text = visible(line.encode("utf-8", "replace").decode("utf-8"))
-                    self.console.print(Text(text), soft_wrap=True)  # the terminal breaks it, not its words
+                    self.console.print(Text(broken(text, self.console.width)), soft_wrap=True)
                     return
                 except Exception:
                     self._give_up()

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from luthier import charts
-from luthier.curves import curves
+from luthier.curves import constants, curves, loss_chart
 from luthier.folder import RunFolder, read_json, write_atomic
-from luthier.history import History, read_history
-from luthier.html import Html, figures, join, page, tag
+from luthier.history import NEWEST, History, read_history
+from luthier.html import Html, figures, join, page, table, tag
 from luthier.recipe import load_recipe
 from luthier.replies import Comparison
 from luthier.reportparts import data_part, merges_part, proof_part, recipe_part, share
 from luthier.sections import Recipe
 from luthier.sidebyside import STYLE as SIDES
 from luthier.sidebyside import flips_first, marked, side_table, summary
-from luthier.words import duration
+from luthier.words import duration, quoted
 
-OPEN_ROWS = 10  # held-out rows shown at once, flips first; the others unfold
+OPEN_ROWS = 10  # held-out rows shown at once, those that got worse first; the others unfold
+CURVE = 3  # steps that make a curve
 SAMPLES = 10  # replies to one prompt; of more evaluations, as many evenly spread
 STYLE = """
 .state { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .65rem; font-size: .85rem;
@@ -33,7 +35,9 @@ STYLE = """
 .state.failed, .state.dead { color: var(--bad) } .state.running, .state.stopped { color: var(--ink) }
 section > h3 { margin-top: 1.4rem }
 .note { border-left: .25rem solid var(--line) } .note.failed, .note.dead { border-color: var(--bad) }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 1.4rem 2rem }
+.pictures { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1.4rem 2rem } .pictures .wide { display: none }
+@media (min-width: 60rem), print { .pictures { grid-template-columns: 1fr 1fr }
+  .pictures .wide { display: block; grid-column: 1 / -1 } .pictures .wide + .chart { display: none } }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .8rem }
 .samples .panel { margin: 0 } .samples tr:last-child td { border-bottom: 0 }
 .samples td:first-child { white-space: nowrap; width: 1%; color: var(--soft); font-variant-numeric: tabular-nums }
@@ -48,7 +52,7 @@ section > h3 { margin-top: 1.4rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0 0 }
 @media (max-width: 30rem) { .figures { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem 1rem }
   .figures dd { font-size: 1.15rem } }
-@media print { h2 { break-after: avoid } .pictures { grid-template-columns: 1fr 1fr } }
+@media print { h2 { break-after: avoid } }
 """
 
 
@@ -68,18 +72,30 @@ def report_html(folder: RunFolder) -> str:
     parts = [
         _note(history),
         figures(_headline(history, comparison, environment or {})),
-        _section("Curves", *_curves(history)) if history.metrics else "",
+        _section("Curves", *_curves(history)) if len(history.losses) >= CURVE else "",
         _section("Samples on the way", *_samples(history.samples)) if history.samples else "",
         _section("Base against tuned", *_comparison(comparison)) if comparison else "",
+        _section("What next", _next(history)) if history.state == "done" else "",
         _section("Recipe", *recipe_part(recipe, folder)),
         _section("Data", *data_part(data, folder)) if data else "",
         _section("Proof of the engine", *proof_part(proof)) if proof else "",
         _section("Merged models", *merges_part(merges)) if merges else "",
-        _section("Time and energy", _facts(_spent(history))) if history.seconds is not None else "",
+        _section(_resources(history), _facts(_spent(history))) if history.seconds is not None else "",
         _section("Environment", _facts(_environment(environment, history))) if environment else "",
     ]
-    about = join([_when(history), tag("br"), _what(recipe)])
-    return page(folder.name, about, *parts, style=SIDES + charts.STYLE + STYLE)
+    head = join([_when(history), tag("br"), _what(recipe)])
+    return page(folder.name, head, *parts, style=SIDES + charts.STYLE + STYLE)
+
+
+def about(folder: RunFolder) -> str:
+    """What another page says of a run: its model and adapter, which step was kept, and today's date.
+
+    Errors: as `report_html`.
+    """
+    history, recipe = read_history(folder), load_recipe(folder.recipe, check_files=False)
+    kept = history.status.get("message") if history.state in ("done", "stopped") else None
+    kept = f"the last, of step {history.step:,}" if kept == "last" else kept
+    return " · ".join([_what(recipe), *([f"kept: {kept}"] if kept else []), _date(time.time())])
 
 
 def _section(title: str, *parts: str) -> Html:
@@ -97,9 +113,14 @@ def _facts(pairs: Iterator[tuple[str, str]]) -> Html:
 def _when(history: History) -> Html:
     chip = tag("span", history.state, class_=f"state {history.state}")
     start = history.metrics[0]["time"] if history.metrics else history.status.get("time")
-    told = [] if start is None else [f"begun {datetime.fromtimestamp(start).astimezone():%d %B %Y, %H:%M (%Z)}"]
+    told = [] if start is None else [f"begun {_date(start)}"]
     told += [f"step {history.step:,} of {history.steps:,}"] if history.steps else []
     return join([chip, " · ".join(told)])
+
+
+def _date(seconds: float) -> str:
+    when = datetime.fromtimestamp(seconds).astimezone()
+    return f"{when.day} {when:%B %Y, %H:%M (%Z)}"
 
 
 def _what(recipe: Recipe) -> str:
@@ -124,19 +145,30 @@ def _note(history: History) -> Html:
         said = "Its process is gone, and could not say why."
     elif state == "done":
         return tag("p", f"Kept: {said}", class_="soft") if said else Html("")
-    parts = [said] if state == "running" else [said, tag("br"), history.folder.standing()]
+    parts = [said] if state == "running" else [said, tag("br"), _goes_on(history)]
     return tag("p", *parts, class_=f"panel note {state}")
+
+
+def _goes_on(history: History) -> str:
+    """A failed run without a checkpoint would fail in the same way again: its recipe has to change."""
+    if history.state == "failed" and not any(history.folder.checkpoints.glob("step-*")):
+        return f"no checkpoint yet; begin anew with what is wrong put right: {_anew(history.folder)}"
+    return history.folder.standing()
+
+
+def _anew(folder: RunFolder) -> str:
+    return f"luthier train {quoted(folder.shown / 'recipe.yaml')} KEY=VALUE"
 
 
 def _headline(
     history: History, comparison: Comparison | None, environment: dict[str, Any]
-) -> Iterator[tuple[str, str]]:
-    """The figures that matter, each as (value, name)."""
+) -> Iterator[tuple[str, ...]]:
+    """The figures that matter, as `figures` takes them."""
     evals, best = history.eval_losses, history.best_eval
     if best is not None:
-        yield f"{evals[0][1]:.3g} → {best[1]:.3g}", f"held-out loss, first → best (step {best[0]:,})"
+        yield f"{evals[0][1]:.4f} → {best[1]:.4f}", f"eval loss, first → best (step {best[0]:,})"
     elif history.last is not None:
-        yield f"{history.last['loss']:.3g}", "loss of the last step"
+        yield f"{history.last['loss']:.4f}", "loss of the last step"
     if comparison is not None and comparison.held_out:
         yield summary(comparison)[0]
     if (taught := history.supervised_share) is not None:
@@ -144,7 +176,7 @@ def _headline(
     if model := environment.get("model"):
         yield share(model["trainable"] / model["parameters"]), f"of {model['parameters']:,} parameters trained"
     if history.seconds is not None:
-        yield duration(history.seconds), "training time"
+        yield _times(history)[0], "training time"
     if (energy := _energy(history)) is not None:
         yield f"{energy:,.3g} Wh", "energy of the GPUs"
 
@@ -167,8 +199,11 @@ def _gpus(history: History) -> list[dict[str, Any]]:
 
 
 def _curves(history: History) -> Iterator[Html]:
+    pictures = curves(history)
+    if len(pictures) % 2:  # where two stand in a row the first takes one of its own
+        pictures.insert(0, loss_chart(history, wide=True))
     yield tag("p", "Thin lines are single steps, thick ones their moving mean. Point at one to read it.", class_="soft")
-    yield tag("div", *curves(history), class_="pictures")
+    yield tag("div", *pictures, class_="pictures")
 
 
 def _samples(lines: Sequence[dict[str, Any]]) -> Iterator[Html]:
@@ -228,21 +263,62 @@ def _comparison(comparison: Comparison) -> Iterator[Html]:
         yield tag("details", tag("summary", f"{len(rest):,} more held-out rows"), side_table(rest))
 
 
+def _next(history: History) -> Html:
+    """What can be done with a run that is done."""
+    folder = history.folder
+    run = quoted(folder.shown)
+    compared = (folder.path / "compare.json").is_file()
+    rows = [] if compared else [(f"luthier compare {run}", "base and tuned, side by side")]
+    rows += [
+        (f"luthier chat {run}", "talk to it"),
+        (f'luthier generate {run} --prompt "…"', "an answer on the screen or, with --json, for a program"),
+        (f"luthier merge {run} -o DIR", "one model folder of its own, verified"),
+        (_anew(folder), "its recipe once more, with other settings"),
+    ]
+    return table(["command", ""], [(tag("code", command), what) for command, what in rows], class_="keys")
+
+
 # -- time and place --------------------------------------------------------------------------------------------------
 
 
-def _spent(history: History) -> Iterator[tuple[str, str]]:
+def _resources(history: History) -> str:
+    return "Time and memory" if _energy(history) is None else "Time, memory and energy"
+
+
+def _seconds_of_steps(history: History) -> list[float]:
+    return [line["tokens"] / line["tokens_per_second"] for line in history.metrics if line["tokens_per_second"]]
+
+
+def _times(history: History) -> tuple[str, str, str, float]:
+    """A run's time in all, that of its steps, the rest, rounded so that they add up; and the steps' share.
+
+    The status of a run that was killed may lag behind its steps: the time in all is that of the steps at least.
+    """
     assert history.seconds is not None
-    yield "training time in all", duration(history.seconds)
-    steps = [line["tokens"] / line["tokens_per_second"] for line in history.metrics if line["tokens_per_second"]]
-    if steps:
-        median, inside = statistics.median(steps), min(sum(steps), history.seconds)
+    steps = sum(_seconds_of_steps(history))
+    whole = max(history.seconds, steps)
+    unit, digits = (0.01, 2) if whole < 10 else (0.1, 1) if whole < 60 else (1, 0) if whole < 3600 else (60, 0)
+    counts = round(whole / unit), round(steps / unit)
+
+    def said(count: int) -> str:
+        return f"{count * unit:.{digits}f} s" if whole < 60 else duration(count * unit).removesuffix(" 00 s")
+
+    return said(counts[0]), said(counts[1]), said(counts[0] - counts[1]), steps / max(whole, 1e-9)
+
+
+def _spent(history: History) -> Iterator[tuple[str, str]]:
+    whole, inside, rest, part = _times(history)
+    yield "training time in all", whole
+    if steps := _seconds_of_steps(history):
+        median = statistics.median(steps)
+        yield "steps alone", f"{inside} ({100 * part:.0f} %)"
+        yield "evaluations, samples, checkpoints", rest
         yield "a step, median", f"{median:.3g} s" if median < 60 else duration(median)
-        yield "steps alone", f"{duration(inside)} ({share(inside / max(history.seconds, 1e-9))})"
-        yield "evaluations, samples, checkpoints", duration(history.seconds - inside)
-        yield "tokens a second, in the steps", f"{_tokens(history) / sum(steps):,.0f}"
+        newest = f"newest {NEWEST} steps" if history.state == "running" else "steps"
+        yield f"tokens a second, in the {newest}", f"{history.speed:,.0f}"
     if memory := history.series("memory_gib"):
         yield "peak memory", f"{max(value for _, value in memory):.3g} GiB"
+    yield from ((name, value) for name, value in constants(history) if not name.startswith("peak memory"))
     if (energy := _energy(history)) is not None:
         yield "energy of the GPUs", f"{energy:,.3g} Wh"
         if tokens := _tokens(history):

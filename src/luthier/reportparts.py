@@ -76,7 +76,7 @@ def data_part(data: dict[str, Any], folder: RunFolder) -> Iterator[Html]:
         ]
     )
     if lengths := data.get("lengths"):
-        yield histogram(lengths["counts"], lengths["edges"], "tokens, rows by length (log scale)")
+        yield histogram(lengths["counts"], lengths["edges"], data["longest"])
     yield table(["source", "part", "rows", "weight", "format and columns", "SHA-256"], map(_source, data["sources"]))
     fates = [(f"{data[key]:,}", what) for key, what in FATES.items() if data[key]]
     yield table(["", "what became of the others"], fates) if fates else tag("p", "Every row was used, whole.")

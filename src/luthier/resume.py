@@ -80,7 +80,8 @@ def resume_from(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
             f"luthier train {folder.shown / 'recipe.yaml'}"
         )
     where = f"from {newest.relative_to(folder.path)}" if newest else "no checkpoint yet, from the start"
-    say(f"resume: {where}")
+    done = (read_json(folder.status) or {}).get("state") == "done"
+    say(f"resume: {where}" + (": it is trained to its end, nothing is left but to ask its prompts" if done else ""))
     return newest
 
 

@@ -314,7 +314,7 @@ def _say_samples(run: Run, bench: Workbench, checkpoint: Path | None, say: Say) 
         kept = sorted([*others, *here], key=lambda line: int(line["step"]))
         write_atomic(run.folder.samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     for line in here:
-        say(f"sample: {_one_line(said(line['prompt']))} → {_one_line(line['reply'])}")
+        say(f"sample: {_one_line(said(line['prompt']))} → {_one_line(line['reply']) or '(nothing)'}")
 
 
 def _as_trained(run: Run, bench: Workbench) -> bool:

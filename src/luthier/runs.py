@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, read_json
 from luthier.history import Follower, History, is_alive, place
+from luthier.words import quoted
 
 ROOT = Path("runs")
 HEARD = 5.0
@@ -28,16 +30,33 @@ GONE = ".old"
 
 
 def find_run(text: str) -> RunFolder:
-    """A run by its folder, or by its name alone below ./runs. Errors: RecipeError with the nearest names."""
-    for path in (Path(text), ROOT / text):
+    """A run by its folder, or by its name alone below ./runs. Errors: RecipeError, with what may have been meant."""
+    places = {text: Path(text), str(ROOT / text): ROOT / text}
+    for path in places.values():
         if (path / "recipe.yaml").is_file():
             return RunFolder(path.absolute())
+    for said, path in places.items():
+        if path.exists():
+            raise RecipeError(_no_run(said, path))
     names = [folder.name for folder in all_runs()]
     near = get_close_matches(Path(text).name, names)
     if near:
         raise RecipeError(f"there is no run {text}; did you mean {' or '.join(near)}?")
-    here = f"`luthier runs` lists those of {ROOT}" if names else f"there is none below {ROOT.absolute()}"
+    here = "see `luthier runs`" if names else f"there is none below {ROOT.absolute()}"
     raise RecipeError(f"there is no run {text}; {here}")
+
+
+def _no_run(said: str, path: Path) -> str:
+    """Why a file or folder is no run, with the run that it lies in."""
+    above = (folder for folder in path.absolute().parents if (folder / "recipe.yaml").is_file())
+    run = next((RunFolder(folder).shown for folder in above if (folder / "checkpoints").is_dir()), None)
+    if path.is_dir():
+        return f"{said} is a folder, but no run (there is no recipe.yaml in it)" + (
+            f"; the run is {run}" if run else ""
+        )
+    return (
+        f"{said} is a file; name the run's folder: {run}" if run else f"{said} is no run's folder; see `luthier runs`"
+    )
 
 
 def run_or_model(text: str) -> str:
@@ -47,7 +66,11 @@ def run_or_model(text: str) -> str:
 
 
 def all_runs() -> list[RunFolder]:
-    """Those below ./runs, by name."""
+    """Those below ./runs, by name. Errors: RecipeError where ./runs is a file."""
+    if ROOT.is_file():
+        raise RecipeError(
+            f"{ROOT.absolute()} is a file, where the folder of all runs belongs; move it, or train elsewhere"
+        )
     found = sorted(path.parent for path in ROOT.absolute().glob("*/recipe.yaml"))
     return [RunFolder(path) for path in found if not path.name.startswith(".")]
 
@@ -74,8 +97,8 @@ def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
 
 def silent_for(history: History) -> float:
     """Seconds since the run's last sign of life."""
-    told = history.status.get("time") or history.folder.recipe.stat().st_mtime
-    return max(0.0, history.now - float(told))
+    told = history.status.get("time") or (history.metrics[-1]["time"] if history.metrics else None)
+    return max(0.0, history.now - float(told or history.folder.recipe.stat().st_mtime))
 
 
 def age(seconds: float) -> str:
@@ -119,6 +142,18 @@ def steps_saved(folder: RunFolder) -> list[int]:
 def result_of(folder: RunFolder) -> Path | None:
     """The adapter's folder, or after full fine-tuning the model's; None before there is one."""
     return next((path for path in (folder.adapter, folder.model) if path.is_dir()), None)
+
+
+def lost(history: History) -> str | None:
+    """Why it is not known how a run ended, where its status.json does not tell; None where it does."""
+    folder = history.folder
+    if history.status:
+        return None
+    if folder.status.is_file():
+        return "its status.json is damaged"
+    if history.metrics or result_of(folder) or steps_saved(folder):
+        return "its status.json is gone"
+    return "it has no status.json: it ended before it began to train, or is just beginning"
 
 
 def elsewhere(history: History) -> str | None:
@@ -165,7 +200,38 @@ def has_ended(history: History) -> str:
     words = {"stopped": f"stopped {at}", "failed": f"failed {at}", "dead": f"its process has gone {at}"}
     if history.state == "done":
         return "it has ended, done"
-    return f"{words[history.state]}; {history.folder.standing()}"
+    if why := lost(history):
+        return f"{why}; see: luthier runs show {quoted(history.folder.shown)}"
+    return f"{words[history.state]}; {goes_on(history)}"
+
+
+def goes_on(history: History) -> str:
+    """How far a run that broke off has come, and the command that goes on with it.
+
+    One that failed before its first checkpoint fails again if it goes on: it begins anew, with another recipe.
+    """
+    if history.state == "failed" and not steps_saved(history.folder):
+        return f"no checkpoint yet; begin anew with: {anew(history)}"
+    return history.folder.standing()
+
+
+def anew(history: History) -> str:
+    """The command that trains a run's recipe again, with the keys to change where the run's message names them."""
+    recipe = quoted(history.folder.shown / "recipe.yaml")
+    key, *others = knobs(str(history.status.get("message", ""))) or ["KEY"]
+    return f"luthier train {recipe} {key}=VALUE" + (f"  (or {', '.join(others)})" if others else "")
+
+
+def knobs(message: str) -> list[str]:
+    """The recipe's keys that a message names, as train.lr, in its order."""
+    from luthier.sections import Recipe
+
+    known = {
+        f"{section}.{key}"
+        for section, field in Recipe.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", ())
+    }
+    return list(dict.fromkeys(word for word in re.findall(r"[a-z]+\.[a-z_]+", message) if word in known))
 
 
 def wait_for_end(folder: RunFolder, tell: Callable[[History], None], until_heard: bool = False) -> History:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.charts import steep
+from luthier.charts import SMOOTHED_FROM, smoothed, steep
 from luthier.folder import read_json
 from luthier.history import History
 from luthier.html import join, page, table, tag, visible
@@ -28,7 +28,7 @@ SEVERAL = "*"
 CURVES = {"loss": "loss", "eval_loss": "eval loss"}
 LEARNT = ("train_rows", "train_tokens", "supervised_tokens", "template_sha256")
 """What data.json says of the rows that are trained on; their files' hashes beside it."""
-Points = Sequence[tuple[int, float]]
+Points = Sequence[tuple[float, float]]
 
 
 # -- what differs ----------------------------------------------------------------------------------------------------
@@ -87,25 +87,31 @@ def final_figures(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
 
 def _figures(history: History) -> dict[str, str]:
     best, last, result = history.best_eval, history.last, result_of(history.folder)
+    before = next((pair for pair in history.eval_losses if pair[0] == 0), None)
     compared = (read_json(history.folder.path / "compare.json") or {}).get("figures", {})
     steps = [line for line in history.metrics if line["tokens"]]
-    paces = [line["tokens_per_second"] for line in steps if line["tokens_per_second"]]
     memory = [line["memory_gib"] for line in steps if line["memory_gib"] is not None]
     exact = compared["tuned"]["exact_share"] if compared else None
     return {
         "state": history.state,
         "steps": f"{history.step}" + (f" of {history.steps}" if history.steps else ""),
         "last loss": f"{last['loss']:.4f}" if last else "–",
+        "eval loss before training": f"{before[1]:.4f}" if before else "–",
         "best eval loss": f"{best[1]:.4f}" if best else "–",
         "at step": f"{best[0]}" if best else "–",
         "exact answers": f"{share(exact)} of {compared['held_out']:,}" if exact is not None else "–",
         "answers that stopped": share(compared["tuned"]["stopped_share"]) if compared else "–",
         "tokens trained on": f"{sum(line['tokens'] for line in steps):,}" if steps else "–",
-        "time": duration(history.seconds) if history.seconds is not None else "–",
-        "tokens/s, usually": f"{statistics.median(paces):,.0f}" if paces else "–",
+        "wall time": _seconds(history.seconds) if history.seconds is not None else "–",
+        "tokens/s": f"{history.speed:,.0f}" if history.speed is not None else "–",
         "peak memory": f"{max(memory):.1f} GiB" if memory else "–",
         "adapter or model": size(disk_bytes(result)) if result else "–",
     }
+
+
+def _seconds(seconds: float) -> str:
+    """12.3 s, 250 s (4 min 10 s)."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds:,.0f} s ({duration(seconds)})"
 
 
 # -- the terminal ----------------------------------------------------------------------------------------------------
@@ -114,12 +120,12 @@ def _figures(history: History) -> dict[str, str]:
 def show_compared(histories: Sequence[History], console: Console) -> None:
     """Print it. A run is a letter in the curves, as NO_COLOR leaves no other sign."""
     names = [f"{LETTERS[i]} {visible(history.folder.name)}" for i, history in enumerate(histories)]
-    _print_table("Recipes", names, differing(histories) or [("no key differs", [""] * len(names))], console)
+    _print_table("Figures", names, final_figures(histories), console)
     for key, title in CURVES.items():
         series = [history.series(key) for history in histories]
         if any(series):
             _print_curves(title, names, series, console)
-    _print_table("Figures", names, final_figures(histories), console)
+    _print_table("Recipes", names, differing(histories) or [("no key differs", [""] * len(names))], console)
     for line in cautions(histories):
         console.print(Text.assemble(("! ", "yellow"), line))
 
@@ -136,10 +142,12 @@ def _print_table(title: str, names: Sequence[str], rows: Sequence[tuple[str, lis
 
 
 def _print_curves(title: str, names: Sequence[str], series: Sequence[Points], console: Console) -> None:
-    values, width = [value for points in series for _, value in points], max(20, console.width - 14)
-    log = steep(values)
-    console.print(Text.assemble((title, BOLD), (" by step, log scale" if log else " by step", SOFT)))
-    for label, line in zip(_labels(values, log), plot(series, width, log), strict=True):
+    log, width = steep([value for points in series for _, value in points]), max(20, console.width - 14)
+    drawn = [smoothed(points, log) if len(points) >= SMOOTHED_FROM else points for points in series]  # raw ones cross
+    values = [value for points in drawn for _, value in points]
+    how = ", smoothed" * (drawn != list(series)) + ", log scale" * log
+    console.print(Text.assemble((title, BOLD), (f" by step{how}", SOFT)))
+    for label, line in zip(_labels(values, log), plot(drawn, width, log), strict=True):
         text = Text(f"{label:>10} ┤", SOFT)
         for mark in line.rstrip():
             text.append(mark, COLOURS[LETTERS.index(mark) % len(COLOURS)] if mark in LETTERS else None)

@@ -17,8 +17,8 @@ from luthier.errors import RecipeError
 from luthier.folder import RunFolder, read_json
 from luthier.history import History
 from luthier.html import visible
-from luthier.runs import Removal, age, disk_bytes, result_of, silent_for, steps_saved, time_left
-from luthier.words import duration, size
+from luthier.runs import Removal, age, anew, disk_bytes, lost, result_of, silent_for, steps_saved, time_left
+from luthier.words import duration, quoted, size
 
 if TYPE_CHECKING:  # the list does without them
     from luthier.sections import Recipe
@@ -28,6 +28,7 @@ COLOURS = {"running": "green", "done": "cyan", "stopped": "yellow", "dead": "red
 BLOCKS = "▁▂▃▄▅▆▇█"
 LONG = 300  # characters of a prompt or a reply
 SHOWN = 4  # samples
+WIDE = 90  # columns from which on a header of the list stands on one line
 OWN = ("run", "model.name", "data.train", "data.eval", "generate.prompts")
 """Keys that say what a run is about: they have no default that a value could differ from."""
 
@@ -61,7 +62,8 @@ def show_list(histories: Sequence[History], console: Console) -> None:
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=SOFT)
     grid.add_column("name", overflow="fold", min_width=8)  # the one that gives way on a narrow screen
     grid.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "eval", "age", "size"):
+    gap = "\n" if console.width < WIDE else " "
+    for name in ("step", "loss", f"best{gap}eval", f"last{gap}sign", "size"):
         grid.add_column(name, justify="right", no_wrap=True)
     for history in histories:
         one = facts(history)
@@ -127,7 +129,9 @@ def _standing(history: History) -> Iterator[tuple[str, str | Text]]:
     if history.hung is not None:
         usual = f", where a step takes {status['usual']:.1f} s" if status.get("usual") else ""
         yield "hangs", Text(f"no progress for {duration(history.hung)}{usual}", "bold red")
-    if history.state == "dead":
+    if why := lost(history):
+        yield "unknown", Text(f"how it ended: {why}", "red")
+    elif history.state == "dead":
         yield "dead", Text("its process has gone without a word: killed, or out of memory, or the machine", "red")
     if history.state == "failed":
         yield "error", Text(visible(status.get("message", "")), "red")
@@ -213,10 +217,10 @@ def _course(history: History, width: int) -> Iterator[tuple[str, str | Text]]:
             curve = blocks(values, room, log) if len(values) > 1 else ""
             yield name, Text.assemble(f"{ends:19}", (curve, "green"), (" log" * log, SOFT))
     if best := history.best_eval:
-        yield "best", f"{best[1]:.4f} at step {best[0]}"
+        yield "best eval", f"{best[1]:.4f} at step {best[0]}"
     if last := history.last:
         tokens = sum(line["tokens"] for line in history.metrics if line["tokens"])
-        speed = f"{last['tokens_per_second']:,.0f} tokens/s, " if last["tokens_per_second"] else ""
+        speed = f"{history.speed:,.0f} tokens/s, " if history.speed is not None else ""
         yield "work", f"{speed}{tokens:,} tokens so far, memory {last['memory_gib']:.1f} GiB at most"
 
 
@@ -295,8 +299,9 @@ def _print_files(folder: RunFolder, console: Console) -> None:
         about[result.name] = str((read_json(folder.status) or {}).get("message", ""))
     entries = [path for path in folder.path.iterdir() if not path.name.startswith(".")]
     for path in sorted(entries, key=lambda path: (not path.is_dir(), path.name)):
-        name = visible(path.name) + "/" * path.is_dir()
-        grid.add_row(f"  {name}", size(disk_bytes(path)), Text(visible(about.get(path.name, "")), SOFT))
+        if held := disk_bytes(path):
+            name = visible(path.name) + "/" * path.is_dir()
+            grid.add_row(f"  {name}", size(held), Text(visible(about.get(path.name, "")), SOFT))
     console.print()
     console.print(Text(f"files, {size(disk_bytes(folder.path))} together", SOFT))
     console.print(grid)
@@ -308,20 +313,15 @@ def next_steps(history: History) -> Iterable[str]:
     run = quoted(folder.shown)
     if history.state == "running":
         return [f"luthier runs watch {run}", f"luthier runs stop {run}"]
+    on = [f"luthier train {run} --resume"]
     if history.state == "failed":
-        return [f"luthier train {run} --resume", f"luthier train {quoted(folder.shown / 'recipe.yaml')} KEY=VALUE"]
-    if history.state != "done":
-        return [f"luthier train {run} --resume"]
+        return [*(on if steps_saved(folder) else []), anew(history)]
+    has_result = history.state == "done" or (lost(history) and result_of(folder))
+    if not has_result:
+        return on
     compared = (folder.path / "compare.json").is_file()
     steps = [] if compared else [f"luthier compare {run}"]
     return [*steps, f"luthier merge {run} -o DIR", f"luthier chat {run}"]
-
-
-def quoted(path: Path) -> str:
-    """A path as a shell takes it."""
-    from shlex import quote
-
-    return quote(str(path))
 
 
 def shown_path(text: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
+from itertools import groupby
+from operator import itemgetter
 
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
@@ -14,11 +16,15 @@ from rich.text import Text
 from luthier.html import Html, figures, join, page, table, tag, visible
 from luthier.replies import Comparison, Pair, Question, Reply
 
-ON_SCREEN = 10  # held-out rows on the terminal, flips first; the page has them all
+ON_SCREEN = 10  # held-out rows on the terminal, those that got worse first; the page has them all
+DIFFERENCE = "0 would mean that the tuning does nothing"
 LONG = 300  # characters of an answer on the terminal
 GOOD, BAD, SOFT = "green", "red", "bright_black"
 HAN = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese: no blanks between words
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+|\s+|.", re.S)
+LETTER = re.compile(r"\w")
+LONE = re.compile(r"(\w)(\W*)")  # a character alone, and the stops that end the text
+POPULAR = 1000  # words; in a longer text those that occur often are not compared one by one
 TITLE, PROMPTS, HELD_OUT = "Base and tuned on the same prompts", "The recipe's prompts", "Held-out rows"
 # A run of blanks; a Chinese character with the stops that follow it; or a word.
 BREAKABLE = re.compile(r"\s+|[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef][，。、；：？！）》」』”’…]*|[^\s\u2e80-\u9fff]+")
@@ -30,14 +36,14 @@ STYLE = """
 """
 
 
-def summary(comparison: Comparison) -> list[tuple[str, str]]:
-    """The figures as (value, name), values as "base → tuned" where both have one."""
+def summary(comparison: Comparison) -> list[tuple[str, ...]]:
+    """The figures as (value, name) or (value, name, what it means), values as "base → tuned" where both have one."""
     found = comparison.figures()
     base, tuned, held = found["base"], found["tuned"], found["held_out"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (_percent(base["stopped_share"], tuned["stopped_share"]), "of the answers stopped by themselves"),
         (f"{base['mean_tokens']:,.0f} → {tuned['mean_tokens']:,.0f}", "tokens in an answer, on average"),
-        (f"{comparison.logit_difference:.3g}", "largest difference of a logit"),
+        (f"{comparison.logit_difference:.3g}", "largest difference of a logit", DIFFERENCE),
     ]
     if not held:
         return rows
@@ -54,8 +60,8 @@ def _percent(base: float, tuned: float) -> str:
 
 
 def flips_first(pairs: Sequence[Pair]) -> list[Pair]:
-    """Rows in the order of interest: right before and wrong now, then the reverse, then both wrong, then both right."""
-    return sorted(pairs, key=lambda pair: (pair.flip != -1, pair.flip != 1, pair.question.right(pair.tuned)))
+    """Rows in the order of interest: right before and wrong now, still wrong, only now right, right both times."""
+    return sorted(pairs, key=lambda pair: (pair.flip != -1, pair.question.right(pair.tuned), pair.flip != 1))
 
 
 # -- the terminal ----------------------------------------------------------------------------------------------------
@@ -71,7 +77,7 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(Text(f"… and {len(held) - ON_SCREEN:,} more held-out rows in compare.html", SOFT))
     grid = Table(box=None, pad_edge=False, show_header=False)
     grid.add_column(justify="right", no_wrap=True)
-    for value, name in summary(comparison):
+    for value, name, *_ in summary(comparison):
         grid.add_row(Text(value, "bold"), name)
     console.print()
     console.print(grid)
@@ -145,9 +151,11 @@ def _short(text: str) -> str:
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def markdown(comparison: Comparison) -> str:
-    """compare.md: the figures, then a table of the prompts and one of the held-out rows."""
-    lines = [f"# {TITLE}", "", *(f"- **{value}** {name}" for value, name in summary(comparison))]
+def markdown(comparison: Comparison, *, name: str = "", about: str = "") -> str:
+    """compare.md: the figures, then a table of the prompts and one of the held-out rows. name, about: of the run."""
+    lines = [f"# {_escaped(_title(name))}", "", *([_escaped(about), ""] if about else [])]
+    for value, what, *meant in summary(comparison):
+        lines.append(f"- **{value}** {what}" + "".join(f" <sub>({more})</sub>" for more in meant))
     if comparison.prompts:
         lines += ["", f"## {PROMPTS}", "", "| prompt | base | tuned |", "|---|---|---|"]
         lines += [_line(p.question.text, _told(p, p.base), _told(p, p.tuned)) for p in comparison.prompts]
@@ -183,15 +191,22 @@ def _escaped(text: str) -> str:
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def compare_html(comparison: Comparison) -> str:
-    """compare.html: the figures, the prompts, every held-out row; words that the base did not write are marked."""
+def compare_html(comparison: Comparison, *, name: str = "", about: str = "") -> str:
+    """compare.html: the figures, the prompts, every held-out row; words that the base did not write are marked.
+
+    name: the run's. about: a line on its model and adapter, as `report.about` gives it.
+    """
     parts: list[str] = [figures(summary(comparison))]
     if comparison.prompts:
         parts += [tag("h2", PROMPTS), side_table(comparison.prompts)]
     if comparison.held_out:
         parts += [tag("h2", HELD_OUT), side_table(flips_first(comparison.held_out))]
     note = "Held-out rows are answered greedily. What the tuned model wrote and the base did not is marked."
-    return page(TITLE, note, *parts, style=STYLE)
+    return page(_title(name), join([about, tag("br"), note]) if about else note, *parts, style=STYLE)
+
+
+def _title(name: str) -> str:
+    return f"{name}: base and tuned" if name else TITLE
 
 
 def side_table(pairs: Sequence[Pair]) -> Html:
@@ -229,14 +244,25 @@ def marked(text: str, since: str | None = None) -> Html:
 
 
 def new_words(before: str, after: str) -> list[tuple[str, bool]]:
-    """`after` in stretches, each with whether it is new against `before`; word by word, Chinese by characters."""
+    """`after` in stretches, each with whether it is new against `before`; word by word, Chinese by characters.
+
+    A single character that stayed between new ones is new as well: that a text has it, too, is mere chance.
+    """
     old, words = WORD.findall(before), WORD.findall(after)
-    stretches: list[tuple[str, bool]] = []
-    for kind, _, _, start, stop in SequenceMatcher(None, old, words).get_opcodes():
-        text, new = "".join(words[start:stop]), kind != "equal"
-        if len(stretches) > 1 and new and stretches[-1][0].isspace():  # new, blank, new: one stretch
-            blank, (earlier, _) = stretches.pop()[0], stretches.pop()
-            text = earlier + blank + text
-        if text:
-            stretches.append((text, new))
-    return stretches
+    found = SequenceMatcher(None, old, words, autojunk=len(words) > POPULAR).get_opcodes()
+    stretches = _merged(("".join(words[start:stop]), kind != "equal") for kind, _, _, start, stop in found)
+    joined = stretches[:1]
+    for i, (text, new) in enumerate(stretches[1:], start=2):
+        if not new and i < len(stretches):
+            new = len(LETTER.findall(text)) < 2
+        elif not new and (alone := LONE.fullmatch(text)):
+            joined.append((alone[1], True))
+            text = alone[2]
+        joined.append((text, new))
+    return _merged(joined)
+
+
+def _merged(stretches: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Those of one kind that follow each other as one; none is empty."""
+    kinds = groupby((stretch for stretch in stretches if stretch[0]), key=itemgetter(1))
+    return [("".join(text for text, _ in same), new) for new, same in kinds]

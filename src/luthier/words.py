@@ -36,6 +36,21 @@ def _place(kind: str, step: int, steps: int, epoch: int) -> str:
     return f"{kind}  {step:>{len(str(steps))}}/{steps}  epoch {step / epoch:{len(last)}.2f}"
 
 
+def broken(line: str, width: int) -> str:
+    """The line broken between words where it is wider than a terminal; what follows a little to the right."""
+    if len(line) * 2 <= width:  # no character takes more than two cells
+        return line
+    from rich.cells import cell_len
+
+    rows = [""]
+    for word in re.findall(r"\s*\S+", line):
+        if rows[-1] and cell_len(rows[-1] + word) > width:
+            rows.append("  " + word.lstrip())
+        else:
+            rows[-1] += word
+    return "\n".join(rows)
+
+
 def quoted(path: object) -> str:
     """A path as a POSIX shell takes it; letters beyond ASCII need no quotes."""
     text = str(path)

@@ -565,7 +565,7 @@ def test_a_tracker_that_is_new_to_a_long_run_catches_up_by_itself(
 
 
 def test_a_tracker_that_takes_all_at_once_does_not_hold_the_run_up(stub: Any, tmp_path: Path) -> None:
-    """The run has its turn after every AT_ONCE bytes; here a file is in the pipe's place, and takes what it is given."""
+    """The run has its turn after every AT_ONCE bytes; here a file, which takes all, is in the pipe's place."""
     tracking, _ = stub("")
     (tracker,) = tracking.on
     tracker.waiting += b" " * (3 * trackers.AT_ONCE - 1)
@@ -637,11 +637,19 @@ def test_a_line_has_no_secret(text: str, shown: str, monkeypatch: pytest.MonkeyP
     assert one_line(text) == shown
 
 
-def test_an_error_that_is_cut_short_has_no_half_of_a_secret(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tracker_says_has_no_secret(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the half of one, where an error is cut short."""
     monkeypatch.setenv("SWANLAB_API_KEY", "0123abcd4567")
-    tracking, said = stub("raise ValueError('e' * 180 + ' http://me:' + 'secret' * 9 + '@host 0123abcd4567')")
-    wait(tracking, said, 1)
-    assert said == [f"track: swanlab is off: ValueError: {'e' * 180} http://host ***{SAFE}"]
+    tracking, said = stub(
+        """
+        def init(**given): return Some(log=log, url="http://me:secret@local/?key=0123abcd4567")
+        def log(*given, **more): raise ValueError("e" * 180 + " http://me:" + "secret" * 9 + "@host 0123abcd4567")
+        """
+    )
+    tracking.log(row(1))
+    wait(tracking, said, 2)
+    off = f"track: swanlab is off: ValueError: {'e' * 180} http://host ***{SAFE}"
+    assert said == ["track: swanlab: http://local/?key=***", off]
 
 
 def test_mlflow_is_said_without_its_password(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from luthier.data.cache import Store
 from luthier.data.encode import Example
 from luthier.data.formats import Format
 
-BARS = 24  # of a histogram
+BARS = 24  # of a histogram, at most
+LINEAR = 10  # times the shortest: below it a histogram of lengths has bars of one width
 OK, CUT, TOO_LONG, BAD = range(4)  # a row's fate, as the cache holds it
 
 
@@ -87,6 +88,16 @@ class Examples:
 
 
 def spread(lengths: np.ndarray) -> tuple[list[int], list[int]]:
-    """A histogram of lengths: counts, and one edge more. Its bars grow in width, as lengths spread over magnitudes."""
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, BARS + 1).round().astype(int))
+    """A histogram of lengths: counts, and one edge more, the last above the longest.
+
+    Bars are of one width where the longest is less than ten times the shortest; else they grow, as such lengths spread
+    over magnitudes, and none is narrower than the one before: it would look like a dip.
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    widths = np.full(BARS, -(-(high + 1 - low) // BARS))
+    if high >= LINEAR * max(low, 1):
+        grown = np.geomspace(max(low, 1), high + 1, BARS + 1).round().astype(int)
+        widths = np.maximum.accumulate(np.diff(np.unique([low, *grown])))
+    edges = low + np.array([0, *widths.cumsum()])
+    edges = edges[: int(np.searchsorted(edges, high, side="right")) + 1]
     return np.histogram(lengths, edges)[0].tolist(), edges.tolist()

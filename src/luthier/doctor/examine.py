@@ -30,6 +30,7 @@ WHAT = 15
 COLOURS = {"✓": "green", "!": "yellow", "✗": "bold red"}
 PLAIN = {"✓": "+", "!": "!", "✗": "x"}
 """The marks for a screen that has no others."""
+IN_JSON = {"✓": "ok", "!": "warn", "✗": "fail"}
 
 
 def examine(root: Path, *, online: bool = True) -> Iterator[Finding]:
@@ -37,6 +38,8 @@ def examine(root: Path, *, online: bool = True) -> Iterator[Finding]:
 
     `online`: ask the hubs as well, for six seconds at most, unless the environment says that they are not to be asked.
     """
+    silent = next((name for name in OFFLINE if is_on(name)), None)
+    asked = online and silent is None
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Python": python,
         "libraries": libraries,
@@ -44,7 +47,7 @@ def examine(root: Path, *, online: bool = True) -> Iterator[Finding]:
         "memory": memory,
         "disk": partial(disks, root),
         "may write": partial(rights, root),
-        "settings": settings,
+        "settings": partial(settings, asked),
     }
     for what, check in checks.items():
         try:
@@ -53,7 +56,7 @@ def examine(root: Path, *, online: bool = True) -> Iterator[Finding]:
             fix = "see the ✗ lines; where there are none: pip install --force-reinstall luthier"
             yield Finding("!", what, f"could not be looked at: {reason(error)}", fix)
     silent = next((name for name in OFFLINE if is_on(name)), None)
-    answers = reach.ask(reach.to_ask()) if online and silent is None else None
+    answers = reach.ask(reach.to_ask()) if asked else None
     yield from tried(stages())
     if answers is not None:
         yield from reach.findings(answers())
@@ -69,12 +72,23 @@ def report(root: Path, *, online: bool = True, as_json: bool = False) -> int:
 
 
 def _as_json(findings: Iterator[Finding]) -> int:
-    """A JSON object a line; how many keep a run from starting."""
+    """A JSON object a line, the verdict last; how many keep a run from starting."""
+
+    def tell(**line: str) -> None:
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
     bad = 0
     for finding in findings:
         bad += finding.mark == "✗"
-        print(json.dumps(finding._asdict(), ensure_ascii=False), flush=True)
+        tell(**finding._asdict() | {"mark": IN_JSON[finding.mark]})
+    tell(mark="fail" if bad else "ok", what="verdict", found=_verdict(bad), fix="")
     return bad
+
+
+def _verdict(bad: int) -> str:
+    if not bad:
+        return "a run can start here"
+    return "1 thing keeps a run from starting" if bad == 1 else f"{bad} things keep a run from starting"
 
 
 def _on_screen(findings: Iterator[Finding]) -> int:
@@ -92,14 +106,8 @@ def _on_screen(findings: Iterator[Finding]) -> int:
         for finding in findings:
             bad += finding.mark == "✗"
             _print(console, finding, marks[finding.mark])
-    if bad == 1:
-        console.print(f"1 thing keeps a run from starting: fix the {marks['✗']} line", style=COLOURS["✗"])
-    elif bad:
-        console.print(
-            f"{bad} things keep a run from starting: fix the {marks['✗']} lines from the top", style=COLOURS["✗"]
-        )
-    else:
-        console.print("a run can start here", style=COLOURS["✓"])
+    which = f": fix the {marks['✗']} line{'s from the top' * (bad > 1)}" if bad else ""
+    console.print(_verdict(bad) + which, style=COLOURS["✗" if bad else "✓"])
     return bad
 
 

@@ -28,6 +28,8 @@ START = 60.0
 """Seconds for the library's import before that, on a slow disk."""
 HUB, MIRROR, MODELSCOPE = "https://huggingface.co", "https://hf-mirror.com", "https://modelscope.cn"
 FOLDERS = "models come from folders: model.name: /path"
+ADDRESS = r"https?://[^/\s]+(/\S*)?"
+"""What HF_ENDPOINT may be."""
 BLOCKED = (403, 407, 451)
 """Statuses of a filter or a proxy on the way. A hub answers other errors of ours itself."""
 
@@ -48,8 +50,9 @@ class Answer(NamedTuple):
 
 
 def to_ask() -> list[str]:
-    """The hub in use first (HF_ENDPOINT), then what could stand in for it."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB
+    """The hub in use first (HF_ENDPOINT, where that is an address), then what could stand in for it."""
+    given = os.environ.get("HF_ENDPOINT", "")
+    endpoint = given.rstrip("/") if re.fullmatch(ADDRESS, given) else HUB
     return [endpoint, *(url for url in (HUB, MIRROR, MODELSCOPE) if url != endpoint)]
 
 
@@ -78,6 +81,9 @@ def ask(urls: Sequence[str], each: float = EACH, bound: float = BOUND) -> Callab
 def findings(answers: Sequence[Answer]) -> Iterator[Finding]:
     """Lines about the hubs: with the setting to change where the first, the hub in use, does not answer."""
     hub, *others = answers
+    if hub.url != HUB:
+        yield from _endpoint(hub, others)
+        answers = others
     if hub.kind == "well":
         for answer in answers:
             needed = "modelscope: names need it" if answer.url == MODELSCOPE else f"not needed while {hub.host} answers"
@@ -85,7 +91,8 @@ def findings(answers: Sequence[Answer]) -> Iterator[Finding]:
         return
     instead = next((answer for answer in others if answer.kind == "well"), None)
     if instead is not None:
-        yield Finding("!", hub.host, hub.found, _instead(instead))
+        if hub.url == HUB:
+            yield Finding("!", hub.host, hub.found, _instead(instead))
         for answer in others:
             yield Finding("✓", answer.host, answer.found + ("" if answer.kind == "well" else "; not needed"))
         return
@@ -94,14 +101,30 @@ def findings(answers: Sequence[Answer]) -> Iterator[Finding]:
         yield Finding("!", "hubs", f"{', '.join(answer.host for answer in alike)}: {found}", _remedy(alike[0]))
 
 
+def _endpoint(hub: Answer, others: Sequence[Answer]) -> Iterator[Finding]:
+    """The line about the address in HF_ENDPOINT: its mark is that of the answer."""
+    found = f"{masked(hub.url)}: {hub.found}"
+    if hub.kind == "well":
+        yield Finding("✓", "HF_ENDPOINT", found)
+        return
+    mirror = next((answer for answer in others if answer.url == MIRROR and answer.kind == "well"), None)
+    fix = "unset HF_ENDPOINT" + (f"  (or: export HF_ENDPOINT={MIRROR})" if mirror else "")
+    yield Finding("!", "HF_ENDPOINT", found, _own_remedy(hub) or fix)
+
+
 def _instead(answer: Answer) -> str:
     if answer.url == MODELSCOPE:
         return "model.name: modelscope:owner/name  (needs: pip install 'luthier[modelscope]')"
-    return "unset HF_ENDPOINT" if answer.url == HUB else f"export HF_ENDPOINT={answer.url}"
+    return f"export HF_ENDPOINT={answer.url}"
 
 
 def _remedy(answer: Answer) -> str:
     """What to change where no hub answers at all."""
+    return _own_remedy(answer) or FOLDERS
+
+
+def _own_remedy(answer: Answer) -> str:
+    """What to change on the way to a hub; nothing is known of it where this is empty."""
     if answer.kind == "407":
         return f"export {answer.proxy or 'HTTPS_PROXY'}=http://USER:PASSWORD@HOST:PORT"
     if answer.kind == "tls":
@@ -110,7 +133,7 @@ def _remedy(answer: Answer) -> str:
         return "pip install socksio" if "socksio" in answer.found else f"unset {answer.proxy}"
     if answer.proxy:
         return f"unset {answer.proxy}  (or start the proxy that it names); else {FOLDERS}"
-    return FOLDERS
+    return ""
 
 
 def masked(text: str) -> str:

@@ -10,19 +10,19 @@ from pathlib import Path
 
 from luthier.doctor.driver import find_driver
 from luthier.doctor.finding import Finding, short
-from luthier.doctor.reach import MIRROR, masked
+from luthier.doctor.reach import ADDRESS, MIRROR, masked
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _VALUE = r"\w+:(\[[^\]]*\]|[^,:\[\]]+)"
 
 
-def settings() -> Iterator[Finding]:
-    """Those of the hub, of CUDA and of the terminal."""
+def settings(asked: bool = False) -> Iterator[Finding]:
+    """Those of the hub, of CUDA and of the terminal. `asked`: whether HF_ENDPOINT answers, reach.py finds out."""
     for name in (*OFFLINE, "HF_DATASETS_OFFLINE"):
         if is_on(name):
             found = f"{name}={os.environ[name]}: nothing is fetched, caches and folders serve"
             yield Finding("!", "offline", found, f"unset {name}")
-    yield from _hub()
+    yield from _hub(asked)
     yield from _cuda()
     encoding = sys.stdout.encoding or "unknown"
     if encoding.lower().replace("-", "") != "utf8":
@@ -30,13 +30,14 @@ def settings() -> Iterator[Finding]:
         yield Finding("!", "encoding", found, "export LC_ALL=C.UTF-8")
 
 
-def _hub() -> Iterator[Finding]:
+def _hub(asked: bool) -> Iterator[Finding]:
     from huggingface_hub.constants import HF_TOKEN_PATH
 
     endpoint = os.environ.get("HF_ENDPOINT")
     if endpoint is not None:
-        if re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
-            yield Finding("✓", "HF_ENDPOINT", masked(endpoint))
+        if re.fullmatch(ADDRESS, endpoint):
+            if not asked:
+                yield Finding("✓", "HF_ENDPOINT", f"{masked(endpoint)}; not asked")
         else:
             found = f"{masked(endpoint)!r} is no address (https://…)"
             yield Finding("!", "HF_ENDPOINT", found, f"export HF_ENDPOINT={MIRROR}  (or: unset HF_ENDPOINT)")

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from luthier.doctor.finding import Finding
+from luthier.doctor.finding import Finding, brief
 from luthier.doctor.probe import failed, without_torch
 
 PATIENCE = 120.0
@@ -88,4 +88,4 @@ def _death(status: int, errors: IO[bytes]) -> str:
     how = f"ends with {signal.Signals(-status).name}" if status < 0 else f"ends the process, status {status}"
     errors.seek(0)
     said = [line for line in errors.read().decode("utf-8", "replace").splitlines() if "rror" in line]
-    return f"{how}: {said[-1].strip()[:160]}" if said else how
+    return f"{how}: {brief(said[-1])}" if said else how

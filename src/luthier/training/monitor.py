@@ -72,6 +72,9 @@ class Monitor:
         Gives back the lines of metrics.jsonl that it keeps.
         """
         self.first, self.step, self.steps, self.steps_per_epoch = step, step, steps, steps_per_epoch
+        known = read_json(self.folder.status) or {}
+        if step == steps == known.get("step"):  # it is done: no time is spent on it any more
+            spent = known.get("seconds", spent)
         self.since, self.began, self.spent = step, time.monotonic(), spent
         self.started = self.began
         lines = [line for line in read_lines(self.folder.metrics) if step > 0 and line["step"] <= step]

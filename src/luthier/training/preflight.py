@@ -19,7 +19,6 @@ from luthier.data.pack import Pass, pack, pad
 from luthier.engine.memory import free_memory, is_full
 from luthier.errors import RunError
 from luthier.training.gradients import Gradients, smaller
-from luthier.training.room import bytes_in
 from luthier.words import duration, size
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Preflight:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter.") as trial:
             save(Path(trial))
-            self.found.append(f"checkpoint {size(bytes_in(Path(trial)))} {_took(began)}")
+            self.found.append(f"checkpoint {_took(began)}")
 
     def answer(self, ask: Callable[[int], Any]) -> None:
         """Answers of two tokens to the recipe's prompts. Errors: RunError where memory has no room for them."""

@@ -56,7 +56,7 @@ def check_room(
     needed = max(most * each.checkpoint - there, each.checkpoint) + each.result
     free = shutil.disk_usage(folder.path).free
     if needed <= free:
-        return f"{size(needed)} of disk at most, {size(free)} free"
+        return f"about {size(needed)} of disk ({size(each.checkpoint)} a checkpoint), {size(free)} free"
     count = f"{most} checkpoints of {size(each.checkpoint)}" if most > 1 else f"a checkpoint of {size(each.checkpoint)}"
     kept = f" ({section.keep} kept and a new one)" if most != saves else ""
     result = f"{'a model' if kind == 'full' else 'an adapter'} of {size(each.result)}"

@@ -99,9 +99,9 @@ class Trackers:
         self._send(**logged(line))
 
     def catch_up(self, step: int) -> None:
-        """Have what metrics.jsonl holds up to `step` logged: each tracker reads the file itself, for what is new to it.
+        """Have metrics.jsonl logged up to that step, whose line it has: each tracker reads in it what is new to it.
 
-        The file has to be whole up to there; it may grow meanwhile.
+        Nothing of it goes through the run; the file may grow meanwhile.
         """
         self._send(catch_up=step)
 
