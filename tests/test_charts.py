@@ -79,6 +79,40 @@ def test_ticks(values: list[float], expected: list[str]) -> None:
     assert labels(one(list(enumerate(values))))[1] == expected
 
 
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([0, 1], ["0", "1"]),
+        ([1, 2], ["1", "2"]),
+        ([1, 2, 3], ["1", "2", "3"]),
+        ([1, 7], ["1", "2", "3", "4", "5", "6", "7"]),
+        ([1, 120], ["0", "20", "40", "60", "80", "100", "120"]),
+        ([30, 60, 120], ["20", "40", "60", "80", "100", "120"]),
+        ([5], ["5", "6"]),
+    ],
+)
+def test_steps_are_whole_numbers_and_the_first_place_has_a_label(steps: list[float], expected: list[str]) -> None:
+    chart = one([(step, float(step)) for step in steps])
+    assert labels(chart)[0] == expected
+    assert re.findall(r'<text class="x" x="([^"]*)"', chart)[0] == "44.0"
+
+
+def test_what_spreads_over_less_than_a_decade_has_a_linear_scale() -> None:
+    chart = one([(0, 2.2), (1, 4.9)], log=True)
+    assert labels(chart)[1] == ["2", "3", "4", "5"]
+    assert "log scale" not in chart
+    assert "log scale" in one([(0, 0.5), (1, 5.0)], log=True)
+
+
+def test_a_wide_chart_takes_the_room_of_two() -> None:
+    chart = line_chart([Series("a", [(0, 0.0), (60, 1.0), (120, 4.0)])], x="step", y="loss", wide=True)
+    assert 'viewBox="0 0 904 200"' in chart and '<figure class="chart wide">' in chart
+    assert places(chart, "line c0 d0") == [(44.0, 178.0), (466.0, 136.0), (888.0, 10.0)]
+    assert labels(chart)[0] == [str(n) for n in range(0, 121, 10)]
+    x, width = map(float, re.findall(r'<rect class="strip" x="([^"]*)"[^>]* width="([^"]*)"', chart)[-1])
+    assert x + width == 888.0
+
+
 def test_an_axis_from_zero() -> None:
     assert labels(one([(0, 18.4), (1, 19.2)], zero=True))[1] == ["0", "5", "10", "15", "20"]
     assert labels(one([(0, 0.0), (1, 0.0)], zero=True))[1][0] == "0"

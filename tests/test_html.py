@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from luthier.html import Html, escape, figures, histogram, join, page, table, tag, visible
+from luthier.html import Html, escape, even, figures, histogram, join, page, table, tag, visible
 
 
 class Read(HTMLParser):
@@ -39,7 +39,7 @@ def test_a_string_is_escaped_wherever_it_goes_in() -> None:
         '&lt;/title&gt;&lt;/style&gt; 春 ␛[31m␀" class="a">&lt;script&gt;alert(1)&lt;/script&gt; &amp; '
         "&quot;quoted&quot; &#x27;single&#x27; &lt;/title&gt;&lt;/style&gt; 春 ␛[31m␀</td>"
     )
-    whole = page(EVIL, EVIL, EVIL, table([EVIL], [[EVIL]]), figures([(EVIL, EVIL)]), histogram([1], [1, 2], EVIL))
+    whole = page(EVIL, EVIL, EVIL, table([EVIL], [[EVIL]]), figures([(EVIL, EVIL, EVIL)]))
     read = Read(whole)
     assert "script" not in read.elements
     assert read.open == []
@@ -71,12 +71,21 @@ def test_a_page_needs_nothing_from_outside() -> None:
 
 
 def test_bars_are_as_tall_as_their_counts_and_one_thing_is_seen() -> None:
-    picture = histogram([1000, 0, 500, 1], [1, 2, 4, 8, 17], "tokens")
+    picture = histogram([1000, 0, 500, 1], [1, 2, 4, 8, 17], 16)
     assert re.findall(r'height="([\d.]+)"', picture) == ["40.00", "0.00", "20.00", "0.50"]
     assert re.findall(r"<title>(.*?)</title>", picture) == ["1 – 1: 1,000", "2 – 3: 0", "4 – 7: 500", "8 – 16: 1"]
-    assert "<span>1</span><span>tokens</span><span>16</span>" in picture
+    caption = "<span>1</span><span>rows by length in tokens; lengths on a log scale</span><span>16</span>"
+    assert caption in picture
+
+
+def test_bars_of_one_width_need_no_word_on_the_scale_and_end_with_the_longest() -> None:
+    assert even([5, 6]) and even([20, 22, 24]) and not even([1, 2, 4])
+    picture = histogram([2, 0, 1], [20, 22, 24, 26], 24)
+    assert "<span>20</span><span>rows by length in tokens</span><span>24</span>" in picture
+    assert re.findall(r"<title>(.*?)</title>", picture) == ["20 – 21: 2", "22 – 23: 0", "24 – 24: 1"]
 
 
 def test_tables_and_figures() -> None:
     assert "<thead><tr><th>a</th></tr></thead><tbody><tr><td>1</td></tr></tbody>" in table(["a"], [["1"]])
     assert figures([("3", "rows")]) == '<dl class="figures"><div><dd>3</dd><dt>rows</dt></div></dl>'
+    assert "<dt>rows<small>all of them</small></dt>" in figures([("3", "rows", "all of them")])

@@ -66,19 +66,19 @@ def test_the_screen_without_colour() -> None:
     lines = [line.rstrip() for line in printed().splitlines()]
     assert lines == [
         "template auto: a row begins with <s>; an answer ends with <|im_end|> or </s>",
-        "1,199 rows to train on, 34 rows held out; 56,789 tokens, 32.1 % of them taught",
+        "56,789 tokens to train on, 32.1 % of them taught",
         "",
         "tokens  min  5 %  25 %  50 %  75 %  95 %  99 %    max",
         "prompt    1    2     3     4     5     6     7  1,234",
         "",
-        "prompt  1  ▁ █▄  1,234",
+        "prompt  1  ▁ █▄  1,234  log scale",
         "",
         "✗  2 of 1,199  rows whose end is not taught",
         "               a.jsonl:3",
         "               a.jsonl:[9]",
         "!  1 of 1,199  exact copies",
         "               a.jsonl:7 = a.jsonl:5",
-        "✓        none  bad rows, left out; near copies",
+        "✓        none  2 checks found nothing: bad rows, left out; near copies",
         "",
         "Rows as the model sees them. ⟦taught⟧ is what it learns to write; the rest it",
         "reads.",
@@ -93,9 +93,7 @@ def test_the_screen_without_colour() -> None:
         "[red]<b>&␛[31m⟦春天⏎",
         "来<|im_end|>⟧",
         "",
-        "ids " + " ".join(map(str, range(29))),
-        " ".join(map(str, range(29, 56))),
-        "56 57 58 59 … 40 more",
+        "ids " + " ".join(map(str, range(24))) + " … 100 in all",
     ]
 
 
@@ -128,9 +126,29 @@ def test_the_page() -> None:
     assert '<div class="ids">' + " ".join(map(str, range(100))) + "</div>" in page  # all of them
     assert "<dd>32.1 %</dd><dt>of them taught</dt>" in page
     assert "<td>✗</td><td>2 of 1,199</td><td>rows whose end is not taught" in page
-    assert "<td>✓</td><td>none</td><td>bad rows, left out; near copies</td>" in page
+    fine = '<details><summary><span class="fine">✓</span> 2 checks found nothing</summary>'
+    assert f"{fine}<ul><li>bad rows, left out</li><li>near copies</li></ul></details>" in page
+    assert "<h1>The data as the model sees it</h1><p>template auto: " in page
     assert "<td>alpaca: prompt = [red]</td>" in page
     assert "<title>30 – 199: 8</title>" in page
+
+
+def test_the_page_says_what_it_is_about() -> None:
+    page = look_html(facts(), recipe="<q>.yaml", model="/far/away/tiny")
+    assert "<title>&lt;q&gt;.yaml: the data as the model sees it</title>" in page
+    assert "<p>model tiny · template auto: " in page
+    assert "<p>model hf:a/b · template auto: " in look_html(facts(), recipe="q.yaml", model="hf:a/b")
+
+
+def test_ids_take_one_line_and_all_of_it() -> None:
+    ids = [line for line in printed(120).splitlines() if line.startswith("ids ")]
+    assert ids == ["ids 2 5 6 7 8 9 10 3 5", "ids " + " ".join(map(str, range(37))) + " … 100 in all"]
+
+
+def test_where_every_check_found_something_none_found_nothing() -> None:
+    page = look_html(facts(checks=[Check("exact copies", 1, 9, ["a"])]))
+    assert "found nothing" not in page and "<td>1 of 9</td>" in page
+    assert "1 check found nothing" in look_html(facts(checks=[Check("exact copies", 0, 9, [])]))
 
 
 def test_only_what_is_wrong_is_a_problem() -> None:

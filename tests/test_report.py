@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import pytest
 
 from luthier.folder import RunFolder
-from luthier.history import place
+from luthier.history import place, read_history
 from luthier.recipe import load_recipe, save_recipe
 from luthier.replies import Comparison, Pair, Question, Reply
-from luthier.report import report_html, write_report
+from luthier.report import about, report_html, write_report
 
 EVIL = "<script>alert(1)</script> \x1b[31m 春"
 BEGAN = 1_795_291_000.0
@@ -81,7 +82,8 @@ def lines(path: Path, values: list[dict[str, Any]]) -> None:
 
 def step(number: int, **given: Any) -> dict[str, Any]:
     """A line of metrics.jsonl."""
-    trained = {"loss": 4.0 / number, "lr": 1e-3, "grad_norm": 0.5, "tokens": 1000, "supervised": 250} if number else {}
+    trained = {"loss": 4.0 / number, "lr": 1e-3 / number, "grad_norm": 0.5 + number} if number else {}
+    trained |= {"tokens": 1000, "supervised": 250} if number else {}
     keys = (
         "loss",
         "eval_loss",
@@ -135,14 +137,53 @@ def test_the_head_and_the_curves(folder: RunFolder) -> None:
     assert " · step 10 of 10" in read.sections[""]
     assert "a/b · LoRA of rank 4, alpha 16, on q_proj, v_proj" in read.sections[""]
     assert "Kept: best of step 10 by eval loss" in read.sections[""]
-    assert read.figures["held-out loss, first → best (step 10)"] == "5 → 0.25"
+    assert read.figures["eval loss, first → best (step 10)"] == "5.0000 → 0.2500"
     assert read.figures["tokens trained on, 25 % of them taught"] == "10,000"
     assert read.figures["of 2,000 parameters trained"] == "2.5 %"
-    assert read.figures["training time"] == "10 s"
+    assert read.figures["training time"] == "10.0 s"
     titles = re.findall(r"<figcaption><span><b>(.*?)</b>", read.page)
-    assert titles == ["loss", "learning rate", "gradient norm", "tokens a second", "peak memory, GiB"]
-    assert "<title>10\ntraining loss 0.4\nheld-out loss 0.25</title>" in read.page
-    assert list(read.sections) == ["", "Curves", "Recipe", "Time and energy", "Environment"]
+    assert titles == ["loss", "loss", "learning rate", "gradient norm"]  # what stays as it is has no chart
+    assert re.findall(r'<figure class="(.*?)">', read.page) == ["chart wide", "chart", "chart", "chart"]
+    assert "<title>10\ntraining loss 0.4\neval loss 0.25</title>" in read.page
+    assert "held-out loss" not in read.page
+    assert list(read.sections) == ["", "Curves", "What next", "Recipe", "Time and memory", "Environment"]
+
+
+def test_an_even_number_of_charts_leaves_no_gap(folder: RunFolder) -> None:
+    lines(folder.metrics, [step(n, memory_gib=1.0 + n) for n in range(11)])
+    assert re.findall(r'<figure class="(.*?)">', put(folder).page) == ["chart"] * 4
+
+
+def test_two_steps_make_no_curve(folder: RunFolder) -> None:
+    lines(folder.metrics, [step(0, eval_loss=5.0), step(1), step(2)])
+    assert "Curves" not in put(folder).sections
+    lines(folder.metrics, [step(0, eval_loss=5.0), step(1), step(2), step(3)])
+    assert "Curves" in put(folder).sections
+
+
+def test_what_can_be_done_next(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.path.parent)
+    commands = [row[0] for row in put(folder).rows if row[0].startswith("luthier")]
+    assert commands == [
+        "luthier compare town",
+        "luthier chat town",
+        'luthier generate town --prompt "…"',
+        "luthier merge town -o DIR",
+        "luthier train town/recipe.yaml KEY=VALUE",
+    ]
+    compared = Comparison([Pair(Question("prompt 1", "p", [1]), reply("a"), reply("b"))], 1.0)
+    assert "luthier compare town" not in [row[0] for row in put(folder, compare=compared.as_json()).rows]
+    assert "What next" not in put(folder, status=status(state="stopped")).sections
+
+
+def test_about_a_run(folder: RunFolder) -> None:
+    told = about(folder)
+    assert told.startswith("a/b · LoRA of rank 4, alpha 16, on q_proj, v_proj · kept: best of step 10 by eval loss · ")
+    assert f"{datetime.now().astimezone():%B %Y}" in told
+    put(folder, status=status(message="last"))
+    assert " · kept: the last, of step 10 · " in about(folder)
+    put(folder, status=status(state="failed", message="the disk is full"))
+    assert "kept" not in about(folder) and "disk" not in about(folder)
 
 
 def test_what_the_recipe_says_otherwise_than_the_defaults(folder: RunFolder) -> None:
@@ -161,13 +202,38 @@ def test_what_the_recipe_says_otherwise_than_the_defaults(folder: RunFolder) -> 
 
 
 def test_time(folder: RunFolder) -> None:
-    said = put(folder, status=status(seconds=12.5)).sections["Time and energy"]
-    assert "training time in all12 s" in said
+    said = put(folder, status=status(seconds=12.5)).sections["Time and memory"]
+    assert "training time in all12.5 s" in said
     assert "a step, median0.5 s" in said
-    assert "steps alone5 s (40 %)" in said
-    assert "evaluations, samples, checkpoints8 s" in said
-    assert "tokens a second, in the steps2,000" in said
-    assert "peak memory1.5 GiB" in said
+    assert "steps alone5.0 s (40 %)" in said
+    assert "evaluations, samples, checkpoints7.5 s" in said
+    assert "tokens a second, in the steps2,000tokens a second2,000" in said
+    assert said.count("peak memory") == 1 and "peak memory1.5 GiB" in said
+    assert "energy" not in said
+
+
+@pytest.mark.parametrize(
+    ("whole", "pace", "expected"),
+    [
+        (1.767, 1e4 / 0.14, ("1.77 s", "0.14 s (8 %)", "1.63 s")),
+        (12.447, 1e4 / 11.26, ("12.4 s", "11.3 s (90 %)", "1.1 s")),
+        (100.4, 1e4 / 50.4, ("1 min 40 s", "50 s (50 %)", "50 s")),
+        (7384.0, 1e4 / 6970.0, ("2 h 03 min", "1 h 56 min (94 %)", "7 min")),
+        (3.0, 1e4 / 5.0, ("5.00 s", "5.00 s (100 %)", "0.00 s")),  # killed: its status lags behind its steps
+    ],
+)
+def test_the_parts_of_the_time_add_up(folder: RunFolder, whole: float, pace: float, expected: tuple[str, ...]) -> None:
+    lines(folder.metrics, [step(0), *(step(n, tokens_per_second=pace) for n in range(1, 11))])
+    read = put(folder, status=status(seconds=whole))
+    named = ("training time in all", "steps alone", "evaluations, samples, checkpoints")
+    assert tuple(read.figures[name] for name in named) == expected
+    assert read.figures["training time"] == expected[0]
+
+
+def test_the_speed_is_the_one_of_every_screen(folder: RunFolder) -> None:
+    lines(folder.metrics, [step(n, tokens_per_second=1000.0 * n) for n in range(1, 11)])
+    speed = read_history(folder).speed
+    assert put(folder).figures["tokens a second, in the steps"] == f"{speed:,.0f}" == "3,414"
 
 
 def test_energy_and_gpus(folder: RunFolder) -> None:
@@ -179,10 +245,11 @@ def test_energy_and_gpus(folder: RunFolder) -> None:
     lines(folder.metrics, [step(n, gpu=[gpu(0, n), gpu(1, n)]) for n in range(11)])
     read = put(folder, environment={"device": "cuda:0"})
     assert read.figures["energy of the GPUs"] == "6 Wh"
-    assert "energy a token trained on2.16 J" in read.sections["Time and energy"]
+    assert "energy a token trained on2.16 J" in read.sections["Time, memory and energy"]
+    assert "GPU memory, GiB14.5" in read.sections["Time, memory and energy"]
     assert "GPU 1NVIDIA X, 23.7 GiB" in read.sections["Environment"].replace("\n", "")
     titles = re.findall(r"<figcaption><span><b>(GPU .*?)</b>", read.page)
-    assert titles == ["GPU memory, GiB", "GPU temperature, °C", "GPU utilisation, %"]
+    assert titles == ["GPU temperature, °C"]  # memory and utilisation stayed as they were
     assert "<title>10\nGPU 0 70\nGPU 1 70</title>" in read.page
 
 
@@ -225,6 +292,7 @@ def test_base_against_tuned(folder: RunFolder) -> None:
     assert read.figures["of 13 held-out rows answered exactly"] == "7.69 % → 92.3 %"
     assert read.figures["rows right before, wrong now"] == "1"
     assert read.figures["largest difference of a logit"] == "12.5"
+    assert "0 would mean that the tuning does nothing" in read.sections["Base against tuned"]
     rows = [row for row in read.rows if row[1] in ("✗ no", "✓ yes", "in the old town")]
     assert rows[0] == [EVIL.replace("\x1b", "␛"), "in the old town", "in the new town"]
     assert rows[1] == ["last= yese:99", "✓ yes", "✗ no"]
@@ -336,7 +404,7 @@ def test_merges(folder: RunFolder) -> None:
     [
         (
             {"state": "failed", "message": f"the disk is full {EVIL}"},
-            "the disk is full <script>alert(1)</script> ␛[31m 春",
+            "the disk is full <script>alert(1)</script> ␛[31m 春newest checkpoint: step 10; go on with: luthier train",
         ),
         ({"state": "stopped", "message": "stopped at step 10"}, "stopped at step 10newest checkpoint: step 10; go on"),
         (
@@ -351,6 +419,14 @@ def test_what_is_said_of_a_run_that_is_not_done(folder: RunFolder, given: dict[s
     assert expected in read.sections[""]
     assert "Kept:" not in read.sections[""]
     assert "script" not in read.elements
+
+
+def test_a_failed_run_without_a_checkpoint_is_begun_anew(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.path.parent)
+    (folder.checkpoints / "step-000010").rmdir()
+    said = put(folder, status=status(state="failed", message="out of memory")).sections[""]
+    assert "luthier train town/recipe.yaml KEY=VALUE" in said and "--resume" not in said
+    assert "luthier train town --resume" in put(folder, status=status(state="stopped")).sections[""]
 
 
 def test_a_run_that_runs(folder: RunFolder) -> None:

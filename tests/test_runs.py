@@ -115,7 +115,8 @@ def test_the_list_tells_every_state_and_aligns_chinese() -> None:
     sizes = [runs.disk_bytes(folder.path) / 1024 for folder in runs.all_runs()]
     screen = printed(lambda console: show_list(glances(), console)).splitlines()
     assert [" ".join(row.split()) for row in screen] == [
-        "name state step loss eval age size",
+        "best last",
+        "name state step loss eval sign size",
         f"a running, 2 min left 3/10 1.5000 3.0000 0 s {sizes[0]:.1f} KiB",
         f"b running, hangs for 3 min 3/10 1.5000 3.0000 0 s {sizes[1]:.1f} KiB",
         f"d stopped 3/10 1.5000 3.0000 2 h {sizes[2]:.1f} KiB",
@@ -123,23 +124,45 @@ def test_the_list_tells_every_state_and_aligns_chinese() -> None:
         f"f failed – 1.5000 3.0000 0 s {sizes[4]:.1f} KiB",
         f"中文的名字 done 3/10 1.5000 3.0000 0 s {sizes[5]:.1f} KiB",
     ]
-    starts = {cell_len(row[: re.search(r"state|running|stopped|dead|failed|done", row).start()]) for row in screen}  # type: ignore[union-attr]
-    assert len(starts) == 1 and {cell_len(row) for row in screen} == {cell_len(screen[0])}
+    below = screen[1:]
+    starts = {cell_len(row[: re.search(r"state|running|stopped|dead|failed|done", row).start()]) for row in below}  # type: ignore[union-attr]
+    assert len(starts) == 1 and {cell_len(row) for row in below} == {cell_len(below[0])}
     assert all(cell_len(row) <= 80 for row in screen)
+    wide = printed(lambda console: show_list(glances(), console), 120).splitlines()
+    assert re.split(r"\s{2,}", wide[0]) == ["name", "state", "step", "loss", "best eval", "last sign", "size"]
+    assert len(wide) == 7 and {cell_len(row) for row in wide} == {cell_len(wide[0])}
+
+
+def test_an_evaluation_before_training_is_no_best_one() -> None:
+    run("a", "failed", lines=[line(0, None, 5.0)])
+    assert "failed  3/10     –          –" in printed(lambda console: show_list(glances(), console), 120)
+
+
+def test_step_and_loss_are_of_one_moment_where_status_json_lags_behind() -> None:
+    folder = run("a", "running", step=1, left=130.0)
+    told = {history.step for history in (*glances(), read_history(folder, NOW))}
+    assert told == {3} and facts(*glances())["loss"] == 1.5
+    assert "3/10  1.5000" in printed(lambda console: show_list(glances(), console))
+    screen = printed(lambda console: show_run(read_history(folder, NOW), console))
+    assert "step 3 of 10" in screen and "4.0000 → 1.5000" in screen
+    figures = dict(final_figures([read_history(folder, NOW)]))
+    assert (figures["steps"], figures["last loss"]) == (["3 of 10"], ["1.5000"])
 
 
 def test_a_long_name_gives_way_and_is_whole() -> None:
     run("n" * 60, "running", left=130.0, step=1234, steps=12000)
     screen = printed(lambda console: show_list(glances(), console)).splitlines()
-    assert all(cell_len(row) <= 80 for row in screen) and "running, 2 min left  1234/12000" in screen[1]
-    assert sum(row.count("n") for row in screen[2:]) + screen[1].split()[0].count("n") == 60
+    assert all(cell_len(row) <= 80 for row in screen) and "running, 2 min left  1234/12000" in screen[2]
+    assert sum(row.count("n") for row in screen[3:]) + screen[2].split()[0].count("n") == 60
 
 
 def test_json_lines() -> None:
     folder = run("a", "running", left=130.0)
     run("b", "failed", time=NOW - 50, message="no room", lines=[])
     first, second = map(json.loads, well(Path.cwd(), "runs", "--json").splitlines())
-    assert 60 < first.pop("left") <= 130 and first.pop("age") < 30
+    then = facts(runs.glance(folder, NOW + 7))
+    assert (then["left"], then["age"]) == (123.0, 7.0)
+    assert {"left", "age"} <= set(first) and first.pop("left") is not None and first.pop("age") is not None
     assert first == {
         "name": "a",
         "path": str(folder.path),
@@ -155,6 +178,8 @@ def test_json_lines() -> None:
         "message": "",
     }
     assert (second["name"], second["loss"], second["message"]) == ("b", None, "no room")
+    named = [json.loads(row)["name"] for row in well(Path.cwd(), "runs", "list", "--json").splitlines()]
+    assert named == ["a", "b"] and "best eval" in well(Path.cwd(), "runs", "list")
 
 
 def test_a_glance_tells_what_the_whole_history_tells() -> None:
@@ -199,13 +224,66 @@ def test_no_runs_yet() -> None:
     )
 
 
+def test_a_file_in_the_place_of_runs_is_said() -> None:
+    Path("runs").touch()
+    for verb in ([], ["list"], ["--json"], ["show", "town"], ["clean"]):
+        told = luthier(Path.cwd(), "runs", *verb)
+        assert (told.returncode, told.stderr) == (
+            2,
+            f"error: {Path('runs').absolute()} is a file, where the folder of all runs belongs; "
+            "move it, or train elsewhere\n",
+        )
+
+
+def test_what_is_there_and_no_run_is_said() -> None:
+    run("town", adapter=True)
+    Path("tiny").mkdir()
+    Path("town.yaml").touch()
+    Path("recipe.yaml").touch()  # the recipe of a run to be, not of one
+    none = "is a folder, but no run (there is no recipe.yaml in it)"
+    for text, expected in {
+        "./tiny": f"./tiny {none}",
+        "tiny": f"tiny {none}",
+        "runs": f"runs {none}",
+        "runs/town/adapter": f"runs/town/adapter {none}; the run is runs/town",
+        "town/adapter": f"runs/town/adapter {none}; the run is runs/town",
+        "runs/town/recipe.yaml": "runs/town/recipe.yaml is a file; name the run's folder: runs/town",
+        "town.yaml": "town.yaml is no run's folder; see `luthier runs`",
+        "recipe.yaml": "recipe.yaml is no run's folder; see `luthier runs`",
+    }.items():
+        with pytest.raises(RecipeError) as told:
+            runs.find_run(text)
+        assert str(told.value) == expected
+
+
+def test_a_runs_name_for_a_command_names_the_command() -> None:
+    run("town 2")
+    told = luthier(Path.cwd(), "runs", "town 2")
+    expected = "error: town 2 is a run, no command; try: luthier runs show 'runs/town 2'\n"
+    assert (told.returncode, told.stderr) == (2, expected)
+    told = luthier(Path.cwd(), "runs", "sow")
+    assert told.returncode == 2 and "No such command 'sow'" in told.stderr
+
+
+def test_the_help_of_runs_is_short_and_whole() -> None:
+    lines = well(Path.cwd(), "runs", "--help").splitlines()
+    verbs = [row.split()[0] for row in lines[lines.index("Commands:") + 1 :]]
+    assert verbs == ["list", "show", "watch", "stop", "compare", "clean"]
+    assert not [row for row in lines if row.endswith("...") and "Usage" not in row]
+    usages = {"show": "RUN", "watch": "RUN", "stop": "RUN", "compare": "RUN...", "clean": "[RUN]..."}
+    for verb, names in usages.items():
+        said = well(Path.cwd(), "runs", verb, "--help")
+        assert said.splitlines()[0] == f"Usage: luthier runs {verb} [OPTIONS] {names}"
+    assert "  Example: luthier runs clean --all town-2\n" in said
+
+
 def test_a_run_goes_by_folder_or_name_and_an_unknown_one_names_the_nearest() -> None:
     folder = run("town")
     run("village")
     assert runs.find_run("town") == runs.find_run("runs/town") == runs.find_run(str(folder.path)) == folder
     with pytest.raises(RecipeError, match=r"^there is no run twon; did you mean town\?$"):
         runs.find_run("twon")
-    with pytest.raises(RecipeError, match=r"^there is no run zzz; `luthier runs` lists those of runs$"):
+    with pytest.raises(RecipeError, match=r"^there is no run zzz; see `luthier runs`$"):
         runs.find_run("zzz")
     told = luthier(Path.cwd(), "runs", "show", "twon")
     assert (told.returncode, told.stderr) == (2, "error: there is no run twon; did you mean town?\n")
@@ -234,7 +312,7 @@ def test_one_run_on_a_screen() -> None:
         "method.r 4 (8) · train.lr 0.01 (auto)",
         "loss       4.0000 → 1.5000    █▂▁",
         "eval loss  5.0000 → 3.0000    █▁",
-        "best       3.0000 at step 2",
+        "best eval  3.0000 at step 2",
         "work       500 tokens/s, 300 tokens so far, memory 0.5 GiB at most",
         "proof      engine = reference, 2e-06 (2 rows, loss and 56 gradients; fp32)",
         "compare    0 % → 75 % of 4 held-out rows exact; 50 % → 100 % of the answers",
@@ -261,9 +339,64 @@ def test_one_run_on_a_screen() -> None:
     ],
 )
 def test_what_to_do_next(state: str, expected: list[str]) -> None:
-    history = read_history(run("a b", state), NOW)
+    history = read_history(run("a b", state, checkpoints=(2,)), NOW)
     assert next_steps(history) == expected
     assert f"next  {expected[0]}" in printed(lambda console: show_run(history, console))
+
+
+def test_a_command_quotes_what_a_shell_needs_quoted() -> None:
+    assert next_steps(read_history(run("测试运行一号", "stopped"), NOW)) == ["luthier train runs/测试运行一号 --resume"]
+
+
+NAN = "step 2: loss nan; last good checkpoint: none yet; look at train.jsonl:3, lower train.lr, or compute in fp32"
+FULL = (
+    "out of memory; lower train.tokens_per_pass or set train.activation_checkpointing: true, or lower data.max_length"
+)
+OTHERS = "  (or train.activation_checkpointing, data.max_length)"
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [("no luck", "KEY=VALUE"), (NAN, "train.lr=VALUE"), (FULL, f"train.tokens_per_pass=VALUE{OTHERS}")],
+)
+def test_a_failed_run_without_a_checkpoint_is_begun_anew(message: str, changed: str) -> None:
+    history = read_history(run("a", "failed", message=message), NOW)
+    again = f"luthier train runs/a/recipe.yaml {changed}"
+    assert next_steps(history) == [again]
+    assert runs.has_ended(history) == f"failed at step 3; no checkpoint yet; begin anew with: {again}"
+
+
+def test_a_run_whose_status_json_is_gone_or_damaged() -> None:
+    folder = run("a", adapter=True, checkpoints=(3,))
+    for spoil, why in {"damaged": "its status.json is damaged", "gone": "its status.json is gone"}.items():
+        folder.status.write_text('{"sta') if spoil == "damaged" else folder.status.unlink()
+        history = read_history(folder, NOW)
+        screen = printed(lambda console, history=history: show_run(history, console))
+        assert f"unknown    how it ended: {why}\n" in screen and "killed" not in screen
+        assert next_steps(history) == [
+            f"luthier {verb}" for verb in ("compare runs/a", "merge runs/a -o DIR", "chat runs/a")
+        ]
+        assert runs.has_ended(history) == f"{why}; see: luthier runs show runs/a"
+    shutil.rmtree(folder.adapter)
+    assert next_steps(read_history(folder, NOW)) == ["luthier train runs/a --resume"]
+
+
+def test_what_is_empty_is_no_file_worth_a_line() -> None:
+    folder = run("a", "stopped")
+    folder.rejected.touch()
+    (folder.path / "trackers").mkdir()
+    screen = printed(lambda console: show_run(read_history(folder, NOW), console))
+    assert "metrics.jsonl" in screen
+    assert not [name for name in ("rejected", "trackers", "checkpoints", " 0.0 KiB") if name in screen]
+
+
+def test_the_speed_is_that_of_the_whole_run() -> None:
+    lines = [line(1, 4.0) | {"tokens_per_second": 50.0}, line(2, 2.0), line(3, 1.0)]
+    folder = run("a", lines=lines)  # 300 tokens in 2 + 0.2 + 0.2 s
+    assert "work       125 tokens/s, 300 tokens" in printed(
+        lambda console: show_run(read_history(folder, NOW), console)
+    )
+    assert dict(final_figures([read_history(folder, NOW)]))["tokens/s"] == ["125"]
 
 
 def test_a_run_that_only_begins_can_be_shown() -> None:
@@ -271,7 +404,8 @@ def test_a_run_that_only_begins_can_be_shown() -> None:
     folder.data.unlink()
     assert "a  running, starting  runs/a" in printed(lambda console: show_run(read_history(folder, NOW), console))
     folder.status.unlink()
-    assert "a  dead" in printed(lambda console: show_run(read_history(folder, NOW), console))
+    screen = printed(lambda console: show_run(read_history(folder, NOW), console))
+    assert "a  dead" in screen and "it has no status.json: it ended before it began to train" in screen
     folder.recipe.write_text("modle: {}\n")
     assert "unknown" in printed(lambda console: show_run(read_history(folder, NOW), console))
 
@@ -313,20 +447,21 @@ def test_what_makes_losses_not_comparable_is_said(sections: Any, data: Any, expe
 
 
 def test_figures_side_by_side() -> None:
-    first, second = run("a", adapter=True), run("b", "stopped", lines=[line(1, 4.0)])
+    first, second = run("a", adapter=True), run("b", "stopped", lines=[line(1, 4.0)], seconds=250.0)
     sides = {"tuned": {"exact_share": 0.75, "stopped_share": 1.0}, "held_out": 4}
     (first.path / "compare.json").write_text(json.dumps({"figures": sides}))
     assert final_figures([read_history(first, NOW), read_history(second, NOW)]) == [
         ("state", ["done", "stopped"]),
         ("steps", ["3 of 10", "3 of 10"]),
         ("last loss", ["1.5000", "4.0000"]),
+        ("eval loss before training", ["5.0000", "–"]),
         ("best eval loss", ["3.0000", "–"]),
         ("at step", ["2", "–"]),
         ("exact answers", ["75 % of 4", "–"]),
         ("answers that stopped", ["100 %", "–"]),
         ("tokens trained on", ["300", "100"]),
-        ("time", ["3 s", "3 s"]),
-        ("tokens/s, usually", ["500", "500"]),
+        ("wall time", ["3.0 s", "250 s (4 min 10 s)"]),
+        ("tokens/s", ["500", "500"]),
         ("peak memory", ["0.5 GiB", "0.5 GiB"]),
         ("adapter or model", ["4.9 KiB", "–"]),
     ]
@@ -349,6 +484,22 @@ def test_the_comparison_on_the_terminal(width: int) -> None:
     assert all(cell_len(row) <= width for row in screen.splitlines()) and "\x1b" not in screen
     assert "A 甲" in screen and "B [red]␛[31m" in screen and "train.batch  2" in screen
     assert "! other batches: " in screen
+    titles = [row.split()[0] for row in screen.splitlines() if re.match("Figures|loss by|eval loss by|Recipes", row)]
+    assert titles == ["Figures", "loss", "eval", "Recipes"]
+
+
+def test_curves_that_cross_are_smoothed() -> None:
+    def noisy(start: float) -> list[dict[str, Any]]:
+        return [line(step, start - step / 100 + (-1) ** step / 4) for step in range(1, 121)]
+
+    histories = [read_history(run(name, lines=noisy(start)), NOW) for name, start in (("a", 3.0), ("b", 2.9))]
+    screen = printed(lambda console: show_compared(histories, console)).splitlines()
+    top = screen.index("loss by step, smoothed")
+    field = [row.partition("┤")[2] for row in screen[top + 1 : top + 11]]
+    assert sum(row.count("A") for row in field) > 30 and not any(
+        "B" in row.lstrip().partition("A")[0] for row in field[:3]
+    )
+    assert all(cell_len(row) <= 80 for row in screen)
 
 
 def test_the_page_stands_by_itself_and_escapes() -> None:
@@ -404,7 +555,7 @@ def test_ctrl_c_while_watching_leaves_the_run_alone() -> None:
     ],
 )
 def test_what_cannot_be_stopped_is_one_line(state: str, status: dict[str, Any], expected: str) -> None:
-    folder = run("a", state, checkpoints=(2,), **status)
+    folder = run("a", state, checkpoints=(2,), **{"time": time.time(), **status})  # not heard of for a minute is dead
     with pytest.raises(RecipeError) as told:
         runs.ask_to_stop(folder)
     assert str(told.value) == expected

@@ -92,7 +92,7 @@ def test_a_long_answer_is_cut_and_that_is_said() -> None:
 
 
 def test_flips_come_first_and_the_screen_shows_ten_rows() -> None:
-    assert flips_first([RIGHT, WRONG, WON, LOST]) == [LOST, WON, WRONG, RIGHT]
+    assert flips_first([RIGHT, WON, WRONG, LOST]) == [LOST, WRONG, WON, RIGHT]
     text = printed(Comparison([RIGHT] * 25 + [LOST], 1.0))
     assert text.count("= yes") == 10
     assert text.index("four") < text.index("one")
@@ -109,7 +109,7 @@ def test_markdown() -> None:
         "- **1** rows right before, wrong now",
         "- **83.3 % → 100 %** of the answers stopped by themselves",
         "- **12 → 10** tokens in an answer, on average",
-        "- **12.3** largest difference of a logit",
+        "- **12.3** largest difference of a logit <sub>(0 would mean that the tuning does nothing)</sub>",
         "",
         "## The recipe's prompts",
         "",
@@ -124,8 +124,8 @@ def test_markdown() -> None:
         "| row | prompt | its answer | base | tuned |",
         "|---|---|---|---|---|",
         "| e:4 | four | yes | ✓ yes | ✗ no |",
-        "| e:3 | three | yes | ✗ no | ✓ yes |",
         "| e:2 | two | yes | ✗ no | ✗ no |",
+        "| e:3 | three | yes | ✗ no | ✓ yes |",
         "| e:1 | one | yes | ✓ yes | ✓ yes |",
     ]
 
@@ -140,6 +140,18 @@ def test_the_page() -> None:
     assert '<div class="soft">= yes</div><div class="soft ids">e:4</div>' in page
     assert '<span class="soft">(nothing)</span>' in page
     assert "<dd>50 % → 50 %</dd><dt>of 4 held-out rows answered exactly</dt>" in page
+    assert "largest difference of a logit<small>0 would mean that the tuning does nothing</small></dt>" in page
+    assert page.index("four") < page.index("two") < page.index("three") < page.index("one")
+    assert "<h1>Base and tuned on the same prompts</h1>" in page
+
+
+def test_the_page_and_the_markdown_say_what_they_are_about() -> None:
+    page = compare_html(ALL, name="<town>", about="tiny & co · LoRA of rank 4 · kept: step 9")
+    assert "<title>&lt;town&gt;: base and tuned</title>" in page
+    assert "<h1>&lt;town&gt;: base and tuned</h1><p>tiny &amp; co · LoRA of rank 4 · kept: step 9<br>Held-out" in page
+    lines = markdown(ALL, name="<town>", about="tiny_1 · kept: step 9").splitlines()
+    assert lines[:4] == [r"# \<town\>: base and tuned", "", r"tiny\_1 · kept: step 9", ""]
+    assert lines[4].startswith("- **50 %")
 
 
 def test_without_held_out_rows_there_is_no_word_of_them() -> None:
@@ -159,6 +171,14 @@ def test_without_held_out_rows_there_is_no_word_of_them() -> None:
         ("all gone", "", []),
         ("", "new", [("new", True)]),
         ("naïve café", "naïve cafés", [("naïve ", False), ("cafés", True)]),
+        (
+            "我不知道约里和伊索在哪里见面。",
+            "在高原村，伊索带胡椒面。",
+            [("在高原村，", True), ("伊索", False), ("带胡椒面", True), ("。", False)],
+        ),
+        ("他在家里吃饭。", "他去河边在沙地里睡觉。", [("他", False), ("去河边在沙地里睡觉", True), ("。", False)]),
+        ("one, a two b", "six, a ten b", [("six, a ten b", True)]),
+        ("go home, now", "go, now", [("go, now", False)]),
     ],
 )
 def test_new_words(before: str, after: str, expected: list[tuple[str, bool]]) -> None:

@@ -14,7 +14,7 @@ runs/<name>/
   compare.md, compare.html, compare.json
   merges.json        the models that it was merged into, and how far they were from it
   report.html        all of it on one page
-  trackers/          NAME.json: a tracker's own run, to go on in it
+  trackers/          NAME.json: a tracker's own run, to go on in it; NAME.lock, NAME.pid: the process that works for it
   tensorboard/, wandb/, mlruns/, swanlab/   the trackers' files, where the environment names no other place
   .lock              held by the process that trains here
 """

@@ -26,6 +26,7 @@ table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; font-size: .85rem } td, .text { white-space: pre-wrap; overflow-wrap: anywhere }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+.numbers td, .numbers th { white-space: nowrap }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 2.25rem; margin: 1.2rem 0 }
 .figures dd { margin: 0; font-size: 1.45rem; font-weight: 600 } .figures dt { font-size: .85rem }
 .figures div { display: flex; flex-direction: column } .figures small { display: block; max-width: 13rem }

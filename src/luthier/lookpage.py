@@ -24,7 +24,7 @@ STYLE = """
 .taught { background: var(--taught) }
 .special { border: 1px solid var(--special); border-radius: .3em; color: var(--special); padding: 0 .2em; 
   margin: 0 1px }
-.checks td:nth-child(2) { white-space: nowrap; width: 1% } 
+.sources td:nth-child(2), .checks td:nth-child(2) { white-space: nowrap; width: 1% } 
 .checks td:first-child { width: 1.5rem } .checks thead { display: none }
 .fine { color: var(--good) } details ul { margin: .3rem 0; padding-left: 1.4rem; color: var(--soft) }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0 2rem }
@@ -208,7 +208,7 @@ def _sources(sources: Sequence[dict[str, Any]]) -> Html:
         (source["path"], source["part"], f"{source['rows']:,}", f"{source['weight']:g}", source["how"])
         for source in sources
     ]
-    return table(["file", "part", "rows", "weight", "format and columns"], rows)
+    return table(["file", "part", "rows", "weight", "format and columns"], rows, class_="sources")
 
 
 def _checks(checks: Sequence[Check]) -> Html:

@@ -41,7 +41,7 @@ section > h3 { margin-top: 1.4rem }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .8rem }
 .samples .panel { margin: 0 } .samples tr:last-child td { border-bottom: 0 }
 .samples td:first-child { white-space: nowrap; width: 1%; color: var(--soft); font-variant-numeric: tabular-nums }
-.figures div { max-width: 13rem }
+.figures dt { max-width: 13rem } @media (min-width: 30rem) { .figures dd { white-space: nowrap } }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 2.5rem;
   margin: 0 }
 .facts div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);

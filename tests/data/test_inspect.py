@@ -15,7 +15,7 @@ import pytest
 
 from luthier.data.cache import SCHEMA, cached
 from luthier.data.encode import Encoder
-from luthier.data.examples import Examples, Source
+from luthier.data.examples import Examples, Source, spread
 from luthier.data.formats import Format
 from luthier.data.inspect import Check, Look, look
 from luthier.data.prepare import Data, prepare
@@ -113,8 +113,24 @@ def test_lengths_and_shares(tmp_path: Path) -> None:
     for part in facts.lengths:
         assert sum(part.counts) == 100
         assert part.edges[0] == part.percentiles[0]
-        assert part.edges[-1] == part.percentiles[-1] + 1
+        assert part.edges[-2] <= part.percentiles[-1] < part.edges[-1]
     assert facts.supervised_share == sum(2 * n + 1 for n in range(1, 101)) / data.report["train_tokens"]
+
+
+def test_lengths_within_a_decade_have_bars_of_one_width() -> None:
+    counts, edges = spread(np.arange(20, 60))
+    assert edges == list(range(20, 61, 2)) and counts == [2] * 20
+    counts, edges = spread(np.array([20, 20, 50]))
+    assert edges == list(range(20, 53, 2)) and (counts[0], counts[-1], sum(counts)) == (2, 1, 3)
+    assert spread(np.array([1, 9])) == ([1, *[0] * 7, 1], list(range(1, 11)))
+
+
+def test_lengths_over_more_have_bars_that_only_grow() -> None:
+    counts, edges = spread(np.arange(3, 2001))
+    widths = np.diff(edges).tolist()
+    assert widths == sorted(widths) and widths[0] == 1 and widths[-1] > 400
+    assert counts[:-1] == widths[:-1] and sum(counts) == 1998 and edges[-2] <= 2000 < edges[-1]
+    assert spread(np.array([0, 5000]))[1][0] == 0 and sum(spread(np.array([0, 5000]))[0]) == 2
 
 
 def test_rows_of_one_length_have_one_bar(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ TESTED = {
     "torch": TORCH, "transformers": "5.23.0", "peft": "0.21.2", "accelerate": "1.15.0", "datasets": "5.2.0",
     "pyarrow": "26.0.1", "numpy": "2.4.6", "tokenizers": "0.23.3", "safetensors": "0.8.0", "sentencepiece": "0.2.3",
     "huggingface-hub": "2.4.0", "pydantic": "2.14.3", "pyyaml": "6.0.3", "typer": "0.29.2", "rich": "15.0.0",
-    "jinja2": "3.1.6", "filelock": "4.2.11", "psutil": "7.2.2",
+    "jinja2": "3.1.6", "filelock": "4.2.11", "psutil": "7.2.2", "nvidia-ml-py": "13.615.71",
 }  # fmt: skip
 """What the tests ran on: constraints.txt, which an installed Luthier does not have beside it."""
 

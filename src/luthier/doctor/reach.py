@@ -81,35 +81,39 @@ def ask(urls: Sequence[str], each: float = EACH, bound: float = BOUND) -> Callab
 def findings(answers: Sequence[Answer]) -> Iterator[Finding]:
     """Lines about the hubs: with the setting to change where the first, the hub in use, does not answer."""
     hub, *others = answers
-    if hub.url != HUB:
-        yield from _endpoint(hub, others)
-        answers = others
+    is_own = hub.url != HUB
+    if is_own:
+        yield _endpoint(hub, others)
+    rest = others if is_own else answers
     if hub.kind == "well":
-        for answer in answers:
+        for answer in rest:
             needed = "modelscope: names need it" if answer.url == MODELSCOPE else f"not needed while {hub.host} answers"
             yield Finding("✓", answer.host, answer.found + ("" if answer.kind == "well" else f"; {needed}"))
         return
     instead = next((answer for answer in others if answer.kind == "well"), None)
     if instead is not None:
-        if hub.url == HUB:
+        if not is_own:
             yield Finding("!", hub.host, hub.found, _instead(instead))
         for answer in others:
             yield Finding("✓", answer.host, answer.found + ("" if answer.kind == "well" else "; not needed"))
         return
-    for found in dict.fromkeys(answer.found for answer in answers):
-        alike = [answer for answer in answers if answer.found == found]
+    for found in dict.fromkeys(answer.found for answer in rest):
+        alike = [answer for answer in rest if answer.found == found]
         yield Finding("!", "hubs", f"{', '.join(answer.host for answer in alike)}: {found}", _remedy(alike[0]))
 
 
-def _endpoint(hub: Answer, others: Sequence[Answer]) -> Iterator[Finding]:
+def _endpoint(hub: Answer, others: Sequence[Answer]) -> Finding:
     """The line about the address in HF_ENDPOINT: its mark is that of the answer."""
     found = f"{masked(hub.url)}: {hub.found}"
     if hub.kind == "well":
-        yield Finding("✓", "HF_ENDPOINT", found)
-        return
-    mirror = next((answer for answer in others if answer.url == MIRROR and answer.kind == "well"), None)
-    fix = "unset HF_ENDPOINT" + (f"  (or: export HF_ENDPOINT={MIRROR})" if mirror else "")
-    yield Finding("!", "HF_ENDPOINT", found, _own_remedy(hub) or fix)
+        return Finding("✓", "HF_ENDPOINT", found)
+    well = {answer.url: answer for answer in others if answer.kind == "well"}
+    fix = "unset HF_ENDPOINT" + (f"  (or: export HF_ENDPOINT={MIRROR})" if MIRROR in well else "")
+    if not well:
+        fix = _on_the_way(hub) or fix
+    elif HUB not in well:
+        fix = _instead(next(iter(well.values())))
+    return Finding("!", "HF_ENDPOINT", found, fix)
 
 
 def _instead(answer: Answer) -> str:
@@ -120,11 +124,11 @@ def _instead(answer: Answer) -> str:
 
 def _remedy(answer: Answer) -> str:
     """What to change where no hub answers at all."""
-    return _own_remedy(answer) or FOLDERS
+    return _on_the_way(answer) or FOLDERS
 
 
-def _own_remedy(answer: Answer) -> str:
-    """What to change on the way to a hub; nothing is known of it where this is empty."""
+def _on_the_way(answer: Answer) -> str:
+    """What to change between here and a hub; empty where nothing is known of it."""
     if answer.kind == "407":
         return f"export {answer.proxy or 'HTTPS_PROXY'}=http://USER:PASSWORD@HOST:PORT"
     if answer.kind == "tls":

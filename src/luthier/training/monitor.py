@@ -84,8 +84,8 @@ class Monitor:
         if self.folder.samples.exists():
             samples = [line for line in read_lines(self.folder.samples) if step > 0 and line["step"] <= step]
             write_atomic(self.folder.samples, "".join(map(_json_line, samples)))
-        for line in lines:
-            self.trackers.log(line)  # what one of them has already, it drops
+        if lines:  # each reads the file by itself, for what is new to it
+            self.trackers.catch_up(lines[-1]["step"])
         self.begun = True
         self.pulse.start(**self._standing())
         return lines
