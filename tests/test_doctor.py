@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pty
+import select
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from packaging.requirements import Requirement
 
 from luthier.doctor import driver, examine, libraries, machine, probe, reach, settings
 from luthier.doctor.driver import NEWER_DRIVER, REBOOT, Driver, find_driver
-from luthier.doctor.finding import Finding
+from luthier.doctor.finding import Finding, brief, reason
 from luthier.doctor.reach import HUB, MIRROR, MODELSCOPE, Answer
 from luthier.doctor.trial import tried
 
@@ -90,10 +92,12 @@ def test_a_run_can_start_here(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line for line in lines if line["mark"] == "✗"] == []
-    assert [line for line in lines if line["mark"] == "!" and not line["fix"]] == []
+    assert lines.pop() == {"mark": "ok", "what": "verdict", "found": "a run can start here", "fix": ""}
+    assert {line["mark"] for line in lines} <= {"ok", "warn"}
+    assert [line for line in lines if line["mark"] == "warn" and not line["fix"]] == []
+    needed = [line for line in metadata.requires("luthier") or [] if "extra ==" not in line]
     found = {line["what"]: line["found"] for line in lines}
-    assert found["versions"].startswith("all 18 libraries within their bounds")
+    assert found["versions"].startswith(f"all {len(needed)} libraries within their bounds")
     assert found["transformers"].startswith("with peft: the embedded model takes a LoRA step on c")
     assert found["hub's token"] == "from the environment (it is never shown)"
     assert found["proxies"] == "HTTPS_PROXY=http://***@127.0.0.1:9"
@@ -132,6 +136,44 @@ def test_the_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert capsys.readouterr().out.endswith("\na run can start here\n")
 
 
+def test_json_has_words_for_marks_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [Finding("✓", "Python", "3.11"), Finding("!", "torch", "慢", "pip"), Finding("✗", "peft", "none", "pip")]
+    assert examine._as_json(iter(given)) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        '{"mark": "ok", "what": "Python", "found": "3.11", "fix": ""}',
+        '{"mark": "warn", "what": "torch", "found": "慢", "fix": "pip"}',
+        '{"mark": "fail", "what": "peft", "found": "none", "fix": "pip"}',
+        '{"mark": "fail", "what": "verdict", "found": "1 thing keeps a run from starting", "fix": ""}',
+    ]
+
+
+@pytest.mark.parametrize("show", ["_on_screen", "_as_json"])
+def test_a_line_is_there_when_it_is_found_also_in_a_pipe(show: str) -> None:
+    code = (
+        "import sys; from luthier.doctor import examine; from luthier.doctor.finding import Finding\n"
+        "def findings():\n    yield Finding('✓', 'Python', '3.11')\n    sys.stdin.read()\n"
+        f"examine.{show}(findings())"
+    )
+    pipe = subprocess.PIPE
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=buffered) as process:
+        assert process.stdout is not None and process.stdin is not None
+        came, _, _ = select.select([process.stdout], [], [], 60)
+        said = process.stdout.readline() if came else "nothing"
+        process.stdin.close()
+        assert "3.11" in said
+        assert "a run can start here" in process.stdout.read()
+
+
+def test_an_error_is_its_first_line_or_sentence_and_no_half_word() -> None:
+    assert brief("\n  no kernel image. Found none.\nmore\n") == "no kernel image. Found none."
+    first = "Detected incompatible versions: gencode 7.36.0 runtime 6.33.6, older than the one that is linked."
+    assert brief(f"{first} See Protobuf's guarantees at https://protobuf.dev/support/cross-version-runtime.") == first
+    assert brief("word " * 60) == "word " * 32 + "…"
+    assert reason(ValueError("")) == "ValueError"
+
+
 def test_a_screen_without_marks() -> None:
     code = (
         "import sys; from luthier.doctor import examine; from luthier.doctor.finding import Finding;"
@@ -162,7 +204,7 @@ def test_a_terminal_keeps_its_encoding() -> None:
 
 
 def test_versions_against_the_bounds(packages: Path) -> None:
-    extras = ['wandb<1,>=0.19; extra == "track"', 'tensorboard>=2.18; extra == "track"', 'ruff>=9; extra == "dev"']
+    extras = ['wandb<1,>=0.19; extra == "track"', 'nowhere-board>=2.18; extra == "track"', 'ruff>=9; extra == "dev"']
     needs = ["transformers<6,>=5.17", "peft>=0.21,<1", "tokenizers>=0.22,<1", "nowhere-at-all>=1,<2"]
     distribution(packages, "luthier", "9", *needs, *extras)
     distribution(packages, "transformers", "4.57.1")
@@ -176,7 +218,7 @@ def test_versions_against_the_bounds(packages: Path) -> None:
         ("✗", "nowhere-at-all", "not installed; needed: >=1,<2", "pip install 'nowhere-at-all>=1,<2'"),
         ("✓", "versions", "2 of 4 libraries within their bounds; other than tested: peft 0.21.9 (0.21.2)", ""),
         ("!", "wandb", "0.12; track needs >=0.19,<1", "pip install 'wandb>=0.19,<1'"),
-        ("✓", "extras", "track (wandb; not tensorboard)", ""),
+        ("✓", "extras", "track (wandb; not nowhere-board)", ""),
         ("!", "pynvml", pynvml, "pip uninstall -y pynvml && pip install nvidia-ml-py"),
     ]
 
@@ -227,14 +269,15 @@ def test_a_library_that_crashes_or_hangs_is_a_line(packages: Path) -> None:
     package(packages, "torchao", "print('a banner'); raise ImportError('undefined symbol: _ZN2at')")
     package(packages, "apex", "import time; time.sleep(60)")
     without = "(Luthier can do without)"
-    assert list(tried(["torchvision", "xformers", "torchao", "sentencepiece"])) == [
+    *crashes, last = tried(["torchvision", "xformers", "torchao", "sentencepiece"])
+    assert crashes == [
         ("✗", "torchvision", "ends with SIGSEGV", f"pip uninstall -y torchvision  {without}"),
         ("✗", "xformers", "ends with SIGABRT: OMP: Error #15: initialised twice",
          f"pip uninstall -y xformers  {without}"),
         ("!", "torchao", "None does not import: ImportError: undefined symbol: _ZN2at",
          "pip uninstall -y torchao  (Luthier does not need it)"),
-        ("✓", "sentencepiece", "a tokenizer.model is made and read", ""),
     ]  # fmt: skip
+    assert last.what == "sentencepiece" and last.mark != "✗"  # ! where another package holds protobuf back
     began = time.monotonic()
     assert list(tried(["apex"], patience=1.5)) == [
         ("✗", "apex", "does not come back (waited 1.5 s)", f"pip uninstall -y apex  {without}")
@@ -247,7 +290,7 @@ def test_without_torch_the_rest_is_tried(packages: Path) -> None:
     torch, rest = tried(["torch", "device", "sentencepiece", "bitsandbytes", "models"])
     assert torch.mark == "✗" and torch.found == "OSError: libcudart.so.13: cannot open shared object file"
     assert torch.fix.startswith("pip uninstall -y torch && pip install torch==2.13.0 --index-url https://")
-    assert rest == ("✓", "sentencepiece", "a tokenizer.model is made and read", "")
+    assert rest.what == "sentencepiece" and rest.mark != "✗"
 
 
 def test_the_trial_ends_when_nobody_reads_on(packages: Path) -> None:
@@ -541,7 +584,9 @@ def test_a_proxy_that_does_not_run(hub: str, monkeypatch: pytest.MonkeyPatch) ->
         answers = reach.ask([f"http://{hub}"])()
     assert answers == [(f"http://{hub}", "refused", "refused, through HTTP_PROXY", "HTTP_PROXY")]
     fix = "unset HTTP_PROXY  (or start the proxy that it names); else models come from folders: model.name: /path"
-    assert list(reach.findings(answers)) == [("!", "hubs", f"{hub}: refused, through HTTP_PROXY", fix)]
+    assert list(reach.findings(answers)) == [("!", "HF_ENDPOINT", f"http://{hub}: refused, through HTTP_PROXY", fix)]
+    hubs = [answers[0]._replace(url=HUB)]
+    assert list(reach.findings(hubs)) == [("!", "hubs", "huggingface.co: refused, through HTTP_PROXY", fix)]
     monkeypatch.setenv("HTTP_PROXY", f"http://me:never_shown@{hub}")
     assert reach.ask(["http://nowhere.invalid/407"])()[0][1:] == (
         "407",
@@ -552,6 +597,25 @@ def test_a_proxy_that_does_not_run(hub: str, monkeypatch: pytest.MonkeyPatch) ->
     (answer,) = reach.ask([f"http://{hub}"])()
     assert (answer.kind, answer.proxy) == ("proxy", "ALL_PROXY") and "never_shown" not in answer.found
     assert next(reach.findings([answer])).fix == "unset ALL_PROXY"
+
+
+def test_the_mark_of_hf_endpoint_is_that_of_its_answer(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", dead)
+        (answer,) = reach.ask(reach.to_ask()[:1])()
+    assert list(reach.findings([answer])) == [("!", "HF_ENDPOINT", f"{dead}: refused", "unset HF_ENDPOINT")]
+    assert [one for one in settings.settings(asked=True) if one.what == "HF_ENDPOINT"] == []
+    assert [tuple(one) for one in settings.settings() if one.what == "HF_ENDPOINT"] == [
+        ("✓", "HF_ENDPOINT", f"{dead}; not asked", "")
+    ]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{hub}")
+    (answer,) = reach.ask(reach.to_ask()[:1])()
+    (finding,) = reach.findings([answer])
+    assert finding[:2] == ("✓", "HF_ENDPOINT") and finding.found.startswith(f"http://{hub}: 200 in ")
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")  # settings have a line about it
+    assert reach.to_ask()[0] == HUB
 
 
 def test_the_one_setting_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,12 +647,24 @@ def test_the_one_setting_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     asked = reach.to_ask()
     assert asked == ["https://mirror.example", HUB, MIRROR, MODELSCOPE]
-    assert lines(dead(asked[0]), *map(well, asked[1:]))[0] == (
-        "!",
-        "mirror.example",
-        "DNS fails",
-        "unset HF_ENDPOINT",
-    )
+    gone = ("!", "HF_ENDPOINT", "https://mirror.example: DNS fails")
+    unset = "unset HF_ENDPOINT  (or: export HF_ENDPOINT=https://hf-mirror.com)"
+    assert lines(dead(asked[0]), *map(well, asked[1:])) == [
+        (*gone, unset),
+        ("✓", "huggingface.co", "200 in 0.1 s", ""),
+        ("✓", "hf-mirror.com", "200 in 0.1 s", ""),
+        ("✓", "modelscope.cn", "200 in 0.1 s", ""),
+    ]
+    instead = "export HF_ENDPOINT=https://hf-mirror.com"
+    assert lines(dead(asked[0]), dead(HUB), well(MIRROR), dead(MODELSCOPE))[0] == (*gone, instead)
+    assert lines(*map(dead, asked)) == [
+        (*gone, "unset HF_ENDPOINT"),
+        ("!", "hubs", "huggingface.co, hf-mirror.com, modelscope.cn: DNS fails", folders),
+    ]
+    assert lines(well(asked[0]), *map(dead, asked[1:]))[:2] == [
+        ("✓", "HF_ENDPOINT", "https://mirror.example: 200 in 0.1 s", ""),
+        ("✓", "huggingface.co", "DNS fails; not needed while mirror.example answers", ""),
+    ]
 
 
 def test_doctor_imports_nothing_heavy() -> None:

@@ -142,7 +142,7 @@ def test_the_page_says_what_it_is_about() -> None:
 
 def test_ids_take_one_line_and_all_of_it() -> None:
     ids = [line for line in printed(120).splitlines() if line.startswith("ids ")]
-    assert ids == ["ids 2 5 6 7 8 9 10 3 5", "ids " + " ".join(map(str, range(37))) + " … 100 in all"]
+    assert ids == ["ids 2 5 6 7 8 9 10 3 5", "ids " + " ".join(map(str, range(38))) + " … 100 in all"]
 
 
 def test_where_every_check_found_something_none_found_nothing() -> None:

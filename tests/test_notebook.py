@@ -71,7 +71,7 @@ def lines(path: Path, values: list[dict[str, Any]]) -> None:
 def step(number: int, **given: Any) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     keys = ["loss", "eval_loss", "lr", "grad_norm", "tokens", "supervised", "rows", "passes"]
-    trained = {"loss": 4.0 / number, "lr": 1e-3, "grad_norm": 0.5, "tokens": 1000, "supervised": 250} if number else {}
+    trained = {"loss": 4.0 / number, "lr": 1e-3 / number, "grad_norm": 0.5, "tokens": 1000, "supervised": 250} if number else {}
     line = {"step": number, "epoch": number / 10, "time": 1000.0 + number, "memory_gib": 1.5}
     return (
         line

@@ -141,7 +141,7 @@ def test_the_page() -> None:
     assert '<span class="soft">(nothing)</span>' in page
     assert "<dd>50 % → 50 %</dd><dt>of 4 held-out rows answered exactly</dt>" in page
     assert "largest difference of a logit<small>0 would mean that the tuning does nothing</small></dt>" in page
-    assert page.index("four") < page.index("two") < page.index("three") < page.index("one")
+    assert re.findall(r'ids">(e:\d)', page) == ["e:4", "e:2", "e:3", "e:1"]
     assert "<h1>Base and tuned on the same prompts</h1>" in page
 
 
@@ -177,7 +177,7 @@ def test_without_held_out_rows_there_is_no_word_of_them() -> None:
             [("在高原村，", True), ("伊索", False), ("带胡椒面", True), ("。", False)],
         ),
         ("他在家里吃饭。", "他去河边在沙地里睡觉。", [("他", False), ("去河边在沙地里睡觉", True), ("。", False)]),
-        ("one, a two b", "six, a ten b", [("six, a ten b", True)]),
+        ("one, a two b", "six, a ten b", [("six, a ten", True), (" b", False)]),
         ("go home, now", "go, now", [("go, now", False)]),
     ],
 )

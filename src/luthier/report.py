@@ -28,6 +28,7 @@ from luthier.words import duration, quoted
 
 OPEN_ROWS = 10  # held-out rows shown at once, those that got worse first; the others unfold
 CURVE = 3  # steps that make a curve
+SAID = ("peak memory", "tokens a second")  # among the figures of a run's time, whether they have a chart or not
 SAMPLES = 10  # replies to one prompt; of more evaluations, as many evenly spread
 STYLE = """
 .state { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .65rem; font-size: .85rem;
@@ -318,7 +319,7 @@ def _spent(history: History) -> Iterator[tuple[str, str]]:
         yield f"tokens a second, in the {newest}", f"{history.speed:,.0f}"
     if memory := history.series("memory_gib"):
         yield "peak memory", f"{max(value for _, value in memory):.3g} GiB"
-    yield from ((name, value) for name, value in constants(history) if not name.startswith("peak memory"))
+    yield from ((name, value) for name, value in constants(history) if name.split(",")[0] not in SAID)
     if (energy := _energy(history)) is not None:
         yield "energy of the GPUs", f"{energy:,.3g} Wh"
         if tokens := _tokens(history):

@@ -153,7 +153,7 @@ def lost(history: History) -> str | None:
         return "its status.json is damaged"
     if history.metrics or result_of(folder) or steps_saved(folder):
         return "its status.json is gone"
-    return "it has no status.json: it ended before it began to train, or is just beginning"
+    return "it has no status.json: it has not begun to train"
 
 
 def elsewhere(history: History) -> str | None:

@@ -130,7 +130,7 @@ def _standing(history: History) -> Iterator[tuple[str, str | Text]]:
         usual = f", where a step takes {status['usual']:.1f} s" if status.get("usual") else ""
         yield "hangs", Text(f"no progress for {duration(history.hung)}{usual}", "bold red")
     if why := lost(history):
-        yield "unknown", Text(f"how it ended: {why}", "red")
+        yield "unknown", Text(why, "red")
     elif history.state == "dead":
         yield "dead", Text("its process has gone without a word: killed, or out of memory, or the machine", "red")
     if history.state == "failed":

@@ -67,7 +67,7 @@ def look(
     facts = inspect(data, encoder, loaded.data, rows, seed)
     if not cell:
         show(facts, Console())
-    write_atomic(page, look_html(facts))
+    write_atomic(page, look_html(facts, recipe=path.name, model=loaded.model.name))
     say(f"page: {page}")
     if (bad := data.report["bad"]) and loaded.data.bad_rows == "error":
         rows_are = "1 bad row; put it right" if bad == 1 else f"{bad:,} bad rows; put them right"
@@ -176,7 +176,7 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     from rich.console import Console
 
     from luthier.compare import compare as ask
-    from luthier.report import write_report
+    from luthier.report import about, write_report
     from luthier.sidebyside import compare_html, markdown, show
 
     tuned = load_run(run, say=say)
@@ -197,8 +197,9 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
         show(comparison, Console())
     page = run.folder.path / "compare.html"
     write_json(page.with_suffix(".json"), comparison.as_json())
-    write_atomic(page.with_suffix(".md"), markdown(comparison))
-    write_atomic(page, compare_html(comparison))
+    told = {"name": run.folder.name, "about": about(run.folder)}
+    write_atomic(page.with_suffix(".md"), markdown(comparison, **told))
+    write_atomic(page, compare_html(comparison, **told))
     write_report(run.folder)
     say(f"page: {page}")
     return comparison

@@ -130,6 +130,8 @@ def test_lengths_over_more_have_bars_that_only_grow() -> None:
     widths = np.diff(edges).tolist()
     assert widths == sorted(widths) and widths[0] == 1 and widths[-1] > 400
     assert counts[:-1] == widths[:-1] and sum(counts) == 1998 and edges[-2] <= 2000 < edges[-1]
+    widths = np.diff(spread(np.arange(3, 101))[1]).tolist()
+    assert widths == sorted(widths), "a narrower bar would look like a dip"
     assert spread(np.array([0, 5000]))[1][0] == 0 and sum(spread(np.array([0, 5000]))[0]) == 2
 
 
