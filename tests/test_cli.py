@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from luthier import cli, verbs
+from luthier import verbs
+from luthier.cli import main as cli
 from luthier.errors import DataError, LuthierError, ModelError, RecipeError, RunError
 from luthier.folder import RunFolder, write_atomic
 

@@ -18,7 +18,8 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from luthier import cli, verbs
+from luthier import verbs
+from luthier.cli import main as cli
 from luthier.errors import ModelError
 from luthier.export import export
 from luthier.models.adapters import attach, save_adapter

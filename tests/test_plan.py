@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luthier import cli, hub
+from luthier import hub
+from luthier.cli import main as cli
 from luthier.data.batches import order_of, total_steps
 from luthier.data.pack import pack
 from luthier.engine.forward import SummedLoss, adopt, on_device

@@ -27,30 +27,25 @@ ORDER = [
     {"errors", "words"},
     {"sections"},
     {"folder", "hub", "html", "quiet", "foreign", "yamlfile", "replies"},
-    {"history", "charts"},
-    {"panelparts"},
-    {"panel"},
-    {"data", "vocabulary", "conflicts", "curves"},
-    {"engine", "checks", "lookpage"},
+    {"history"},
+    {"data", "vocabulary", "conflicts"},
+    {"engine", "checks"},
     {"models"},
     {"generate"},
     {"training"},
     {"rehearsal", "structure"},
     {"recipe", "loaded"},
-    {"resume", "runs", "sidebyside"},
-    {"runsview", "reportparts"},
-    {"runscompare", "report", "notebook"},
+    {"resume", "runs"},
+    {"view"},
     {"workbench"},
     {"run"},
     {"plan", "compare", "merge", "verify", "doctor"},
     {"plantext", "export"},
     {"verbs"},
-    {"cliwords"},
-    {"clirecipe", "cliruns"},
     {"cli"},
     {"__init__", "__main__"},
 ]
-UPWARD = {"run.py imports luthier.verbs", "replies.py imports luthier.notebook"}  # methods: imported when called
+UPWARD = {"run.py imports luthier.verbs", "replies.py imports luthier.view.notebook"}  # methods: imported when called
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
@@ -132,7 +127,7 @@ def test_data_knows_neither_torch_nor_transformers() -> None:
     "statement",
     [
         "import luthier",
-        "from luthier.cli import main; import contextlib\nwith contextlib.suppress(SystemExit): main()",
+        "from luthier.cli.main import main; import contextlib\nwith contextlib.suppress(SystemExit): main()",
     ],
     ids=["import", "--help"],
 )

@@ -25,9 +25,9 @@ from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder
 from luthier.history import History, place, read_history
 from luthier.recipe import save_recipe
-from luthier.runscompare import cautions, compare_html, differing, final_figures, plot, show_compared
-from luthier.runsview import blocks, facts, next_steps, show_list, show_run, written
 from luthier.sections import Recipe
+from luthier.view.runscompare import cautions, compare_html, differing, final_figures, plot, show_compared
+from luthier.view.runsview import blocks, facts, next_steps, show_list, show_run, written
 from shell import ENVIRONMENT, LUTHIER, begin, luthier, well
 
 NOW = time.time()
@@ -207,7 +207,7 @@ def test_no_verb_of_runs_loads_torch() -> None:
     run("b", "stopped")
     verbs = [["runs"], ["runs", "show", "a"], ["runs", "compare", "a", "b"], ["runs", "watch", "a"]]
     code = (
-        "import sys; from contextlib import suppress; from luthier.cli import main\n"
+        "import sys; from contextlib import suppress; from luthier.cli.main import main\n"
         f"for verb in {verbs + [['runs', 'clean', '--yes']]}:\n    sys.argv = ['luthier', *verb]\n"
         "    with suppress(SystemExit): main()\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)\n"

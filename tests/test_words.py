@@ -11,7 +11,9 @@ def test_a_line_breaks_between_words_and_is_never_wider():
     line = "LoRA r 8 on q_proj k_proj: 98,304 of 1,756,576 parameters train (5.60 %)"
     assert broken(line, 80) == line
     assert broken(line, 40) == "LoRA r 8 on q_proj k_proj: 98,304 of\n  1,756,576 parameters train (5.60 %)"
-    assert broken("问：你是谁？ 答：我是甄嬛", 16) == "问：你是谁？\n  答：我是甄嬛"  # a Chinese character takes two cells
+    assert (
+        broken("问：你是谁？ 答：我是甄嬛", 16) == "问：你是谁？\n  答：我是甄嬛"
+    )  # a Chinese character takes two cells
     assert broken("step   1/9  loss  2.0", 30) == "step   1/9  loss  2.0"  # columns stay
     assert broken("x" * 50 + " y", 20) == "x" * 50 + "\n  y"  # a path is not broken by us
 
@@ -25,5 +27,7 @@ def test_a_path_is_quoted_only_where_a_shell_needs_it():
 
 def test_lines_of_steps_and_evaluations():
     told = step_line((3, 120, 30), 2.34561, 9.6e-5, 1.234, 1234.0, 250.0)
-    assert told == "step    3/120  epoch 0.10  loss  2.3456  lr 9.6e-05  grad     1.23      1,234 tok/s  left 4 min 10 s"
+    assert (
+        told == "step    3/120  epoch 0.10  loss  2.3456  lr 9.6e-05  grad     1.23      1,234 tok/s  left 4 min 10 s"
+    )
     assert eval_line((120, 120, 30), 2.1234, "best so far") == "eval  120/120  epoch 4.00  loss  2.1234  best so far"

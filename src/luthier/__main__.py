@@ -1,6 +1,6 @@
 """python -m luthier, as torchrun starts it."""
 
-from luthier.cli import main
+from luthier.cli.main import main
 
 if __name__ == "__main__":
     main()

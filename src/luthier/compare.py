@@ -1,6 +1,6 @@
 """Base against tuned on the same prompts: what changed, how often it is right, did it learn to stop.
 
-`luthier.sidebyside` shows it.
+`luthier.view.sidebyside` shows it.
 """
 
 from __future__ import annotations

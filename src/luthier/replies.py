@@ -66,7 +66,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """For a notebook."""
-        from luthier.notebook import comparison_html
+        from luthier.view.notebook import comparison_html
 
         return comparison_html(self)
 

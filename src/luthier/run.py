@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier import notebook
 from luthier.errors import RunError
 from luthier.folder import RunFolder, read_json, write_atomic, write_json
 from luthier.history import read_history, read_lines
@@ -34,6 +33,7 @@ from luthier.replies import said
 from luthier.resume import resume_from, step_of, today_of, wanted
 from luthier.sections import Recipe
 from luthier.training.launch import launch, launched, tell_run, watched
+from luthier.view import notebook
 from luthier.workbench import Workbench, held, workbench
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _interrupted(folder: RunFolder, say: Say) -> Iterator[None]:
 @contextmanager
 def _reported(folder: RunFolder, say: Say, leads: bool) -> Iterator[None]:
     """Behind the block report.html tells how the run stands, however it ended. A report that fails fails nothing."""
-    from luthier.report import write_report
+    from luthier.view.report import write_report
 
     try:
         yield

@@ -18,13 +18,13 @@ from luthier import hub
 from luthier.errors import RecipeError
 from luthier.folder import RunFolder, read_json, write_atomic, write_json
 from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_folder, write_note
-from luthier.notebook import Looked, shell, train_call
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
 from luthier.replies import said
 from luthier.resume import read_recipe, today_of
 from luthier.run import Run, load_run, open_run, result_folder, train
 from luthier.sections import GenerateSection
+from luthier.view.notebook import Looked, shell, train_call
 from luthier.workbench import held
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def look(
     from rich.console import Console
 
     from luthier.data.inspect import look as inspect
-    from luthier.lookpage import look_html, show
+    from luthier.view.lookpage import look_html, show
 
     path = Path(recipe)
     page = html or Path(f"{path.stem}-look.html")
@@ -176,8 +176,8 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     from rich.console import Console
 
     from luthier.compare import compare as ask
-    from luthier.report import about, write_report
-    from luthier.sidebyside import compare_html, markdown, show
+    from luthier.view.report import about, write_report
+    from luthier.view.sidebyside import compare_html, markdown, show
 
     tuned = load_run(run, say=say)
     whole = run.recipe.method.kind == "full"
@@ -263,7 +263,7 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
 def _noted(run: Run, out: Path) -> Iterator[None]:
     """Behind the block the run's merges.json and report.html tell of the merged model, verified or not."""
     from luthier.models.adapters import MERGE_NOTE
-    from luthier.report import write_report
+    from luthier.view.report import write_report
 
     try:
         yield

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from luthier import verify
-from luthier.cli import main
+from luthier.cli.main import main
 from shell import begin
 
 QUANTIZED = {

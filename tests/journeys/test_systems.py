@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from luthier import cli
+from luthier.cli import main as cli
 from luthier.recipe import load_recipe
 from systems import RECIPES, SYSTEMS, System
 

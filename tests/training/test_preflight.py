@@ -70,9 +70,7 @@ def test_it_says_what_it_tried(tmp_path):
     fit(tmp_path, lora(tiny("llama")), ROWS, section, eval_rows=HELD_OUT, say=said.append, ask=asked.append)
     first, second = [line for line in said if line.startswith("preflight")]
     took = r"\d\.\d\d s"
-    tried = (
-        rf"{ROWS.lengths.sum()} tokens forward and backward {took}, evaluation {took}, checkpoint {took}"
-    )
+    tried = rf"{ROWS.lengths.sum()} tokens forward and backward {took}, evaluation {took}, checkpoint {took}"
     assert re.fullmatch(rf"preflight: {tried}, answers {took}", first), first
     free = (
         r"preflight: [\d.]+ GiB of memory free; about [\d.]+ KiB of disk \([\d.]+ KiB a checkpoint\), [\d.]+ GiB free"

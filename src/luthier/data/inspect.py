@@ -1,6 +1,6 @@
 """What the model will see, as facts: random rows, lengths, drops, duplicates, leaks, first and last tokens.
 
-`luthier.lookpage` shows them.
+`luthier.view.lookpage` shows them.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from luthier.charts import Series, line_chart, shown, steep
 from luthier.history import History
 from luthier.html import Html
+from luthier.view.charts import Series, line_chart, shown, steep
 
 OF_RUN: tuple[tuple[str, str, Literal["line", "smoothed"]], ...] = (
     ("lr", "learning rate", "line"),

@@ -9,10 +9,10 @@ from typing import Any
 from rich.cells import cell_len, chop_cells
 from rich.text import Text
 
-from luthier.charts import smoothed, steep
 from luthier.history import History
 from luthier.html import visible
 from luthier.replies import said
+from luthier.view.charts import smoothed, steep
 from luthier.words import duration
 
 COLUMN = 50  # cells of the terminal for a column of facts

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from luthier.data.inspect import Check, Lengths, Look, Shown
 from luthier.data.pieces import Piece
-from luthier.lookpage import look_html, problems, show
+from luthier.view.lookpage import look_html, problems, show
 
 PIECES = [
     Piece("<|im_start|>", (2,), False, True),

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from luthier import charts, panelparts
-from luthier.curves import curves
 from luthier.folder import RunFolder
 from luthier.history import Follower, History
 from luthier.html import STYLE as PAGE
 from luthier.html import Html, figures, join, table, tag
-from luthier.panelparts import NOTHING
 from luthier.replies import Comparison, said
-from luthier.sidebyside import HELD_OUT, ON_SCREEN, PROMPTS, flips_first, marked, side_table, summary
-from luthier.sidebyside import STYLE as SIDES
+from luthier.view import charts, panelparts
+from luthier.view.curves import curves
+from luthier.view.panelparts import NOTHING
+from luthier.view.sidebyside import HELD_OUT, ON_SCREEN, PROMPTS, flips_first, marked, side_table, summary
+from luthier.view.sidebyside import STYLE as SIDES
 from luthier.words import duration
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class Looked:
         return f"<{report['train_rows']:,} rows to train on, {report['eval_rows']:,} held out; page: {self.page}>"
 
     def _repr_html_(self) -> str:
-        from luthier.lookpage import STYLE as LOOK
-        from luthier.lookpage import look_parts
+        from luthier.view.lookpage import STYLE as LOOK
+        from luthier.view.lookpage import look_parts
 
         last = [tag("p", self.said[-1])] if self.said else []
         return fragment(*look_parts(self.facts), *last, _lines(self.said), style=LOOK)

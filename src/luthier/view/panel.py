@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
-from luthier import panelparts as parts
 from luthier.folder import RunFolder, read_json
 from luthier.history import Follower, History
 from luthier.html import visible
-from luthier.panelparts import SOFT
+from luthier.view import panelparts as parts
+from luthier.view.panelparts import SOFT
 from luthier.words import broken, eval_line, step_line
 
 NARROWEST, LOWEST = 60, 16  # of a terminal that a panel fits into

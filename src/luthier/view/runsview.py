@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.charts import steep
 from luthier.errors import RecipeError
 from luthier.folder import RunFolder, read_json
 from luthier.history import History
 from luthier.html import visible
 from luthier.runs import Removal, age, anew, disk_bytes, lost, result_of, silent_for, steps_saved, time_left
+from luthier.view.charts import steep
 from luthier.words import duration, quoted, size
 
 if TYPE_CHECKING:  # the list does without them

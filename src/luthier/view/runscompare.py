@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.charts import SMOOTHED_FROM, smoothed, steep
 from luthier.folder import read_json
 from luthier.history import History
 from luthier.html import join, page, table, tag, visible
 from luthier.recipe import load_recipe
 from luthier.runs import disk_bytes, result_of
-from luthier.runsview import BOLD, SOFT, share, shortened, written
 from luthier.sections import Recipe
+from luthier.view.charts import SMOOTHED_FROM, smoothed, steep
+from luthier.view.runsview import BOLD, SOFT, share, shortened, written
 from luthier.words import duration, size
 
 TALL = 10  # lines of a curve's field on the terminal
@@ -188,7 +188,7 @@ def plot(series: Sequence[Points], width: int, log: bool) -> list[str]:
 
 def compare_html(histories: Sequence[History]) -> str:
     """The page: figures, what the recipes say differently, the curves overlaid."""
-    from luthier.charts import STYLE, Series, line_chart
+    from luthier.view.charts import STYLE, Series, line_chart
 
     names = [history.folder.name for history in histories]
     charts = []

@@ -20,7 +20,7 @@ from luthier.folder import RunFolder
 from luthier.history import place, read_history
 from luthier.recipe import load_recipe, save_recipe
 from luthier.replies import Comparison, Pair, Question, Reply
-from luthier.report import about, report_html, write_report
+from luthier.view.report import about, report_html, write_report
 
 EVIL = "<script>alert(1)</script> \x1b[31m 春"
 BEGAN = 1_795_291_000.0
@@ -478,5 +478,5 @@ def test_a_long_run_is_a_small_page_and_quick(folder: RunFolder) -> None:
 
 def test_it_needs_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'pandas', 'pyarrow', 'numpy'}"
-    code = f"import sys\nimport luthier.report\nprint(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys\nimport luthier.view.report\nprint(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

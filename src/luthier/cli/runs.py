@@ -71,12 +71,12 @@ def list_runs(as_json: Json = False) -> None:
 
     histories = sorted((glance(folder) for folder in all_runs()), key=silent_for)
     if as_json:
-        from luthier.runsview import facts
+        from luthier.view.runsview import facts
 
         for history in histories:
             print(json.dumps(facts(history), ensure_ascii=False))
     elif histories:
-        from luthier.runsview import show_list
+        from luthier.view.runsview import show_list
 
         _print(lambda console: show_list(histories, console), UNCUT)
     else:
@@ -91,7 +91,7 @@ def show(run: Name) -> None:
     """
     from luthier.history import read_history
     from luthier.runs import find_run
-    from luthier.runsview import show_run
+    from luthier.view.runsview import show_run
 
     history = read_history(find_run(run))
     _print(lambda console: show_run(history, console))
@@ -105,8 +105,8 @@ def watch(run: Name) -> None:
     """
     from rich.console import Console
 
-    from luthier.panel import watch as follow
     from luthier.runs import find_run, has_ended
+    from luthier.view.panel import watch as follow
 
     folder = find_run(run)
     history = follow(folder, Console(highlight=False))
@@ -162,7 +162,7 @@ def compare(
     from luthier.folder import write_atomic
     from luthier.history import read_history
     from luthier.runs import find_run
-    from luthier.runscompare import LETTERS, compare_html, show_compared
+    from luthier.view.runscompare import LETTERS, compare_html, show_compared
 
     folders = [find_run(run) for run in runs]
     if not 2 <= len(set(folders)) <= len(LETTERS):
@@ -192,7 +192,7 @@ def clean(
     Example: luthier runs clean --all town-2
     """
     from luthier.runs import all_runs, find_run, leftovers, removal, remove, sweep, why_kept
-    from luthier.runsview import show_removals
+    from luthier.view.runsview import show_removals
     from luthier.words import size
 
     if whole and not runs:

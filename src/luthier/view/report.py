@@ -13,17 +13,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from luthier import charts
-from luthier.curves import constants, curves, loss_chart
 from luthier.folder import RunFolder, read_json, write_atomic
 from luthier.history import NEWEST, History, read_history
 from luthier.html import Html, figures, join, page, table, tag
 from luthier.recipe import load_recipe
 from luthier.replies import Comparison
-from luthier.reportparts import data_part, merges_part, proof_part, recipe_part, share
 from luthier.sections import Recipe
-from luthier.sidebyside import STYLE as SIDES
-from luthier.sidebyside import flips_first, marked, side_table, summary
+from luthier.view import charts
+from luthier.view.curves import constants, curves, loss_chart
+from luthier.view.reportparts import data_part, merges_part, proof_part, recipe_part, share
+from luthier.view.sidebyside import STYLE as SIDES
+from luthier.view.sidebyside import flips_first, marked, side_table, summary
 from luthier.words import duration, quoted
 
 OPEN_ROWS = 10  # held-out rows shown at once, those that got worse first; the others unfold

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from luthier.charts import STYLE, Series, line_chart, smoothed, sparkline, thinned
+from luthier.view.charts import STYLE, Series, line_chart, smoothed, sparkline, thinned
 from test_html import Read
 
 # The field of a chart in its viewBox: left, right, top, bottom.

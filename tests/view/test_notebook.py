@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import luthier
-from luthier import charts, notebook
 from luthier.folder import RunFolder
 from luthier.history import place, read_history
-from luthier.notebook import fragment, run_html
 from luthier.replies import Comparison, Pair, Question, Reply
+from luthier.view import charts, notebook
+from luthier.view.notebook import fragment, run_html
 
 ASSETS = Path(luthier.__file__).parent / "assets"
 EVIL = "<script>alert(1)</script></style> \x1b[31m 春"
@@ -71,7 +71,11 @@ def lines(path: Path, values: list[dict[str, Any]]) -> None:
 def step(number: int, **given: Any) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     keys = ["loss", "eval_loss", "lr", "grad_norm", "tokens", "supervised", "rows", "passes"]
-    trained = {"loss": 4.0 / number, "lr": 1e-3 / number, "grad_norm": 0.5, "tokens": 1000, "supervised": 250} if number else {}
+    trained = (
+        {"loss": 4.0 / number, "lr": 1e-3 / number, "grad_norm": 0.5, "tokens": 1000, "supervised": 250}
+        if number
+        else {}
+    )
     line = {"step": number, "epoch": number / 10, "time": 1000.0 + number, "memory_gib": 1.5}
     return (
         line
@@ -129,10 +133,10 @@ def test_a_run_that_runs_shows_the_last_lines_and_all_of_them(tmp_path: Path) ->
     me = psutil.Process()
     gpu = {"name": "NVIDIA A10", "index": 0, "memory_gib": 14.5, "memory_total_gib": 23.7, "utilisation": 100}
     gpu |= {"temperature": 79, "temperature_limit": 90, "normal": True, "power_w": 312.0, "energy_wh": None}
-    alive = {"state": "running", "phase": "evaluating", "step": 7, "steps": 20, "pid": me.pid, "born": me.create_time()}
+    alive = {"state": "running", "phase": "evaluating", "step": 17, "steps": 20, "pid": me.pid, "born": me.create_time()}
     folder = begin(tmp_path / "town", **alive, left=30.0, message="", gpu=[gpu])
     read = Read(run_html(read_history(folder, now=1022.0), ["one", "two", "three", "four"]))
-    assert read.text.startswith("townevaluatingstep 7 of 20about 28 s left")
+    assert read.text.startswith("townevaluatingstep 17 of 20about 28 s left")
     assert read.facts["GPU 0"] == "14.5 of 23.7 GiB · 100 % · 79 °C normal · 312 W · NVIDIA A10"
     assert "two\nthree\nfour" in read.text and "what was saidone\ntwo\nthree\nfour" in read.text
     assert "more curves" not in read.text

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cliwords import Overrides, Recipe, say
+from luthier.cli.words import Overrides, Recipe, say
 from luthier.errors import RecipeError
 
 recipe_app = typer.Typer(help="A recipe's schema, its defaults, a new one.", no_args_is_help=True)

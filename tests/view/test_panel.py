@@ -28,8 +28,8 @@ from rich.console import Console
 
 from luthier.folder import RunFolder
 from luthier.history import place, read_history
-from luthier.panel import is_live, panel, watch
-from luthier.panelparts import curve
+from luthier.view.panel import is_live, panel, watch
+from luthier.view.panelparts import curve
 
 GPU = {"name": "NVIDIA A10", "index": 0, "memory_gib": 14.5, "memory_total_gib": 23.7, "utilisation": 100}
 GPU |= {"temperature": 79, "temperature_limit": 90, "normal": True, "power_w": 312.0, "energy_wh": 12.3}
@@ -302,7 +302,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from luthier.panel import is_live, live
+from luthier.view.panel import is_live, live
 console, folder = Console(highlight=False), Path(sys.argv[1])
 assert is_live(console)
 with live(console) as screen:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.clirecipe import recipe_app
-from luthier.cliruns import runs_app
-from luthier.cliwords import Overrides, Recipe, RunPath, aside, say
+from luthier.cli.recipe import recipe_app
+from luthier.cli.runs import runs_app
+from luthier.cli.words import Overrides, Recipe, RunPath, aside, say
 from luthier.errors import LuthierError, RecipeError
 from luthier.training.launch import rank, speaks
 from luthier.words import quoted
@@ -296,8 +296,8 @@ def report(run: RunPath) -> None:
 
     A run writes it when it ends, a comparison and a merge write it again; this one at any time.
     """
-    from luthier.report import write_report
     from luthier.runs import find_run
+    from luthier.view.report import write_report
 
     say(f"page: {write_report(find_run(str(run)))}")
 
@@ -332,7 +332,7 @@ def _screen() -> Iterator[dict[str, Any]]:
     """How a run is shown while it trains, as `train` takes it: a panel where the terminal can draw one, else lines."""
     from rich.console import Console
 
-    from luthier.panel import is_live, live
+    from luthier.view.panel import is_live, live
 
     console = Console()
     if rank() != 0 or not is_live(console):

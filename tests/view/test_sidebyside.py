@@ -12,7 +12,7 @@ from rich.console import Console
 
 from luthier.compare import Comparison, Pair, Question
 from luthier.generate import Reply
-from luthier.sidebyside import compare_html, flips_first, markdown, new_words, show, wrapped
+from luthier.view.sidebyside import compare_html, flips_first, markdown, new_words, show, wrapped
 
 
 def reply(text: str, stopped: bool = True, tokens: int = 10) -> Reply:
