@@ -157,7 +157,7 @@ def test_a_users_mistake_is_one_line_and_exit_2(tmp_path: Path) -> None:
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["train", path, "train.batchsize=3"], "train.batchsize: unknown key; did you mean train.batch?"),
         (["train", path, "method.target=[fc_in]"], "target: fc_in matches no layer"),
-        (["compare", "nowhere"], "not a run folder"),
+        (["compare", "nowhere"], "there is no run nowhere"),
         (["generate", "./nowhere", "--prompt", "x"], "nowhere"),
         (["generate", "./model", "--prompt", "x", "--top-k", "3"], "--top-k has no effect without --sample"),
         (["train", path, "--resume"], "there is no run town below"),

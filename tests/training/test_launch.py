@@ -240,7 +240,10 @@ def test_before_training_a_signal_ends_it_as_it_ends_any_process(number):
     assert errors.count("Traceback") == (number == signal.SIGINT)  # Python's own, of the launcher's KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(other, marks=pytest.mark.full) for other in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_a_signal_while_the_workers_start_ends_it_just_so(number):
     """At any moment since there is a first one: Python shows a traceback where Ctrl-C meets its imports."""
     for moment in range(10):

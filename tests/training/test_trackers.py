@@ -333,6 +333,7 @@ def init(**given):
 """
 
 
+@pytest.mark.full
 def test_a_run_that_goes_on_waits_for_the_tracker_of_before(tmp_path: Path) -> None:
     """Killed while the tracker still has steps to log, and gone on with from an earlier step."""
     package = make_package(tmp_path, SLOW)
@@ -348,6 +349,7 @@ def test_a_run_that_goes_on_waits_for_the_tracker_of_before(tmp_path: Path) -> N
     assert json.loads(kept.read_text())["step"] == 11
 
 
+@pytest.mark.full
 def test_a_tracker_of_before_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hang = "import subprocess\ndef log(*given, **more): subprocess.run(['sleep', '600'], start_new_session=True)"
     package = make_package(tmp_path, hang)
@@ -367,6 +369,7 @@ def test_a_tracker_of_before_that_hangs_is_ended(tmp_path: Path, monkeypatch: py
         assert json.loads(holder.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.full
 def test_a_tracker_that_hangs_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
     hang = "sys.modules['__main__'].LONELY = 0.1\ndef log(*given, **more): time.sleep(600)"
     killed(tmp_path, ["swanlab"], range(1, 5), PYTHONPATH=make_package(tmp_path, hang))
@@ -538,6 +541,7 @@ def test_a_tracker_that_hangs_costs_its_wait_at_the_end_once(stub: Any, monkeypa
     assert said[1:] == ["track: swanlab did not finish within 0.5 s and was ended; its figures are in metrics.jsonl"]
 
 
+@pytest.mark.full
 def test_a_tracker_that_is_new_to_a_long_run_catches_up_by_itself(
     stub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,6 +568,7 @@ def test_a_tracker_that_is_new_to_a_long_run_catches_up_by_itself(
     assert (tmp_path / "logged").read_text() == "".join(expected)
 
 
+@pytest.mark.full
 def test_a_tracker_that_takes_all_at_once_does_not_hold_the_run_up(stub: Any, tmp_path: Path) -> None:
     """The run has its turn after every AT_ONCE bytes; here a file, which takes all, is in the pipe's place."""
     tracking, _ = stub("")

@@ -133,7 +133,14 @@ def test_a_run_that_runs_shows_the_last_lines_and_all_of_them(tmp_path: Path) ->
     me = psutil.Process()
     gpu = {"name": "NVIDIA A10", "index": 0, "memory_gib": 14.5, "memory_total_gib": 23.7, "utilisation": 100}
     gpu |= {"temperature": 79, "temperature_limit": 90, "normal": True, "power_w": 312.0, "energy_wh": None}
-    alive = {"state": "running", "phase": "evaluating", "step": 17, "steps": 20, "pid": me.pid, "born": me.create_time()}
+    alive = {
+        "state": "running",
+        "phase": "evaluating",
+        "step": 17,
+        "steps": 20,
+        "pid": me.pid,
+        "born": me.create_time(),
+    }
     folder = begin(tmp_path / "town", **alive, left=30.0, message="", gpu=[gpu])
     read = Read(run_html(read_history(folder, now=1022.0), ["one", "two", "three", "four"]))
     assert read.text.startswith("townevaluatingstep 17 of 20about 28 s left")
