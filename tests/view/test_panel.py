@@ -113,7 +113,7 @@ def test_what_it_says(tmp_path, width):
         r"gradient norm +1\.23 ",
         r"speed +12,340 tokens/s, 4\.1 s a step ",
         r"supervised +28\.4 % of the tokens ",
-        r"memory +14\.5 GiB now, 16\.2 GiB at most ",
+        r"memory +14\.5 GiB, 16\.2 at most ",
         r"samples +Where will Inga",
         r"at step 80 +佩拉和托本",
         r"→ 在灰水镇",

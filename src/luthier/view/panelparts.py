@@ -154,7 +154,7 @@ def facts(history: History) -> list[Fact]:
     passed, left = history.seconds, history.left
     now, peak = status.get("memory_gib"), history.metrics[-1]["memory_gib"] if history.metrics else None
     usual = f", {brief(status['usual'])} a step" if status.get("usual") else ""
-    whose = " now" if status.get("gpu") else " of the process"
+    whose = "" if status.get("gpu") else " (process)"
     return [
         ("epoch", f"{history.step / epoch:.2f} of {round(steps / epoch, 2):g}" if epoch and steps else NOTHING),
         ("elapsed", duration(passed) if passed is not None else NOTHING),
@@ -162,7 +162,7 @@ def facts(history: History) -> list[Fact]:
         ("gradient norm", f"{last['grad_norm']:.3g}" if last else NOTHING),
         ("speed", f"{history.speed:,.0f} tokens/s{usual}" if history.speed else NOTHING),
         ("supervised", f"{100 * share:.1f} % of the tokens" if share is not None else NOTHING),
-        ("memory", f"{now:.1f} GiB{whose}, {max(now, peak or 0):.1f} GiB at most" if now is not None else NOTHING),
+        ("memory", f"{now:.1f} GiB, {max(now, peak or 0):.1f} at most{whose}" if now is not None else NOTHING),
     ]
 
 
