@@ -52,6 +52,7 @@ def test_two_processes_are_one(two: Path) -> None:
         assert [line[name] for line in together] == [line[name] for line in alone]
 
 
+@pytest.mark.full
 def test_stopped_and_resumed_it_is_the_same_run_bit_for_bit(two: Path, tmp_path: Path) -> None:
     begin(tmp_path, train={"save_every": 2, "keep": "all", "devices": ["cpu", "cpu"]})
     said = ""

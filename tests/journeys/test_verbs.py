@@ -89,12 +89,20 @@ def test_compare_merge_and_generate(trained: Path) -> None:
         for target in (["runs/town"], ["merged"], ["model", "--adapter", "runs/town/adapter"], ["runs/town", "--base"])
     ]
     assert replies[0] == replies[1] == replies[2] != replies[3]
+
+
+@pytest.mark.full
+def test_an_adapter_counts_once_and_a_folder_is_not_written_over(trained: Path) -> None:
+    if not (trained / "merged").exists():
+        well(trained, "merge", "runs/town", "-o", "merged")
+    asked = ["--prompt", "Where is 7?", "--max-new-tokens", "6", "--json"]
     again = luthier(trained, "generate", "merged", "--adapter", "runs/town/adapter", *asked)
     assert again.returncode == 2 and "is merged into it already and would count twice" in again.stderr
     taken = luthier(trained, "merge", "runs/town", "-o", "merged")
     assert taken.returncode == 2 and taken.stderr.startswith("error: ") and "merged" in taken.stderr
 
 
+@pytest.mark.full
 def test_prompts_come_from_files_and_standard_input(trained: Path) -> None:
     (trained / "prompt.txt").write_text("Where is 3?\n")
     (trained / "prompts.jsonl").write_text('"Where is 1?"\n{"prompt": "谁？"}\n')

@@ -22,7 +22,7 @@ from luthier.training.launch import launch
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["launch", "torchrun"])
+@pytest.fixture(scope="module", params=["launch", pytest.param("torchrun", marks=pytest.mark.full)])
 def told(request, tmp_path_factory):
     """What `crew.exchange` gives, by rank: one start of two processes for all of these tests."""
     if request.param == "launch":

@@ -159,7 +159,7 @@ def in_step(places: list[str], step: int) -> int:
 FULL = pytest.mark.full
 
 
-@pytest.mark.parametrize("number", [*range(10), *(pytest.param(number, marks=FULL) for number in range(10, 100))])
+@pytest.mark.parametrize("number", [*range(6), *(pytest.param(number, marks=FULL) for number in range(6, 100))])
 def test_killed_at_a_random_moment(processes: Processes, straight: Straight, tmp_path: Path, number: int) -> None:
     """Every fourth is killed a second time, while it begins to go on."""
     killed(processes, tmp_path / "run", moments(straight.places)[number])

@@ -401,6 +401,7 @@ print(signal.getsignal(signal.SIGINT).__name__)
     assert [line["_step"] for line in wandb_records(file)["history"]] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.full
 def test_a_server_that_refuses(tmp_path: Path) -> None:
     names = [name for name in ("wandb", "mlflow") if find_spec(name)]
     needs(*names[:1] or ["wandb"])
