@@ -673,3 +673,15 @@ def test_doctor_imports_nothing_heavy() -> None:
         "print([name for name in ('torch', 'transformers', 'pyarrow', 'huggingface_hub') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_verb_ends_with_1_where_no_run_could_start(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libtorch_cpu.so: file too short')\n")
+    done = subprocess.run(
+        [Path(sys.executable).parent / "luthier", "doctor", "--offline"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "NO_COLOR": "1"}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "✗ torch" in done.stdout and "libtorch_cpu.so: file too short" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("1 thing keeps a run from starting")
