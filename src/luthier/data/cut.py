@@ -30,7 +30,7 @@ def excess(encoded: Encoded, encoder: Encoder) -> tuple[str, int]:
         longest = max(encoder.plain_tokens(encoded.ids[start:stop]) for start, stop in encoded.spans)
         if longest > section.max_answer:
             return "answer", longest - section.max_answer
-    over = len(encoded.ids) - section.max_length
+    over = encoded.length - section.max_length
     return ("row", over) if over > 0 else ("", 0)
 
 

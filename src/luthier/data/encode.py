@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
 from luthier.data.formats import BadRow, Conversation, Message
-from luthier.data.templates import Marks, Rendered, Segment, load_template, taught
+from luthier.data.forms import Filled, Form, Mark, Section, form_of, is_plain, probe, texts_of
+from luthier.data.shapes import SHAPES
+from luthier.data.subwords import Subwords
+from luthier.data.templates import Marks, Rendered, Rows, Segment, again, load_template, taught
+from luthier.data.words import packed
 from luthier.errors import DataError
 from luthier.sections import DataSection
 
 ENCODER_VERSION = 2  # part of the cache's key: raise it when the same row would give other tokens
 REMEMBERED = 4096  # sections kept for the whole run: system prompts, role names, line breaks
-NO_PREFIX = b"\x1a\x02\x18\x00"  # behind a SentencePiece model: normalizer_spec { add_dummy_prefix: false }
+ID = 4  # bytes of an id
 
 
 NEXT_TURN = ("<|user|>", "<|observation|>")
@@ -46,10 +50,18 @@ class Example:
 class Encoded(NamedTuple):
     """An example on its way to the cache. spans: token ranges [start, stop) that are supervised, in order."""
 
-    ids: list[int]
+    packed: bytes  # the ids, as int32
     spans: list[tuple[int, int]]
     apart: int  # borders where a token straddled, so that the two sides were encoded apart
     row: bytes  # digest of the whole text
+
+    @property
+    def ids(self) -> list[int]:
+        return _unpacked(self.packed)
+
+    @property
+    def length(self) -> int:
+        return len(self.packed) // ID
 
     @property
     def answer_tokens(self) -> int:
@@ -58,24 +70,6 @@ class Encoded(NamedTuple):
     @property
     def prompt_tokens(self) -> int:
         return self.spans[0][0]
-
-
-class Section(NamedTuple):
-    """A stretch of text without special tokens: encoded as one. `head`: it begins a text (and its first word)."""
-
-    pieces: tuple[Segment, ...]
-    head: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
-
-
-class Mark(NamedTuple):
-    """A special token of the template."""
-
-    id: int
-    supervised: bool
 
 
 class Encoder:
@@ -100,25 +94,24 @@ class Encoder:
         self.template = load_template(section, self.marks, tokenizer.chat_template, today)
         self.section, self.today = section, today
         self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
+        self._marks: dict[tuple[str, bool], Mark] = {}
         self._special = set(self._ids.values())
-        self._head = _copy(tokenizer.backend_tokenizer)
-        self._inner, self._prefix_once = _without_prefix(self._head)
-        self._remembered: dict[tuple[bool, str], list[int]] = {}
+        self._subwords = Subwords(tokenizer)
+        self._remembered: dict[tuple[bool, str], bytes] = {}
+        self._forms: dict[tuple[tuple[str, ...], tuple[bool, ...]], Form | None] = {}
         self._parses = not tokenizer.split_special_tokens  # special tokens in a raw prompt
-        self._begin: list[int] = []
-        self._exact: dict[bool, SentencePieceProcessor] = {}  # makes the ids where the fast tokenizer cannot
+        self._begin = b""
         self._check_against(tokenizer)
-        self._begin = _begin(tokenizer)
+        self._begin = packed(_begin(tokenizer))
         model: bytes | None = getattr(tokenizer, "sentencepiece_model", None)
         if model:
-            self._exact[True] = SentencePieceProcessor(model_proto=model)
-            self._exact[False] = SentencePieceProcessor(model_proto=model + NO_PREFIX)
+            self._subwords.take(model)
         next_turn = [self._ids[name] for name in NEXT_TURN if "[gMASK]" in self._ids and name in self._ids]
         alone = self.template.name == "glm3_pair"
         self.end_ids = sorted({tokenizer.eos_token_id, *self._turn_end(), *(() if alone else next_turn)})
         self._identity = {
-            "tokenizer": hashlib.sha256(self._head.to_str().encode()).hexdigest(),
-            "bos": self._begin,
+            "tokenizer": self._subwords.sha256,
+            "bos": _unpacked(self._begin),
             "bos_text": self.marks.bos,
             "eos": self.marks.eos,
             "template": self.template.source,
@@ -136,23 +129,41 @@ class Encoder:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizers library's object: ids ↔ text, without torch."""
-        return self._head
+        return self._subwords.head
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = (self.template.name, self.template.jinja)  # its functions cannot be sent to another process
+        return {**self.__dict__, "template": kept, "_remembered": {}, "_forms": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.template = again(state["template"], self.section, self.marks, self.today)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
-    def render(self, conversation: Conversation) -> tuple[list[Rendered], bool]:
+    def render(self, conversation: Conversation) -> Rows:
         """The examples of a conversation, and whether the template made it one a turn. Errors: BadRow."""
         return self.template.rows(conversation, taught(conversation.messages, self.section.supervise))
+
+    def prepared(self, conversation: Conversation) -> tuple[Sequence[Rendered | Filled], bool]:
+        """As `render`, or what makes the same ids with less work: the row by the form of its shape."""
+        contents = [message.content for message in conversation.messages]
+        form = self._form(conversation) if all(is_plain(content, self.marks) for content in contents) else None
+        return self.render(conversation) if form is None else ([form.filled(contents, conversation)], False)
 
     def text(self, rendered: Rendered) -> str:
         """What is encoded, special tokens by name."""
         return self.marks.restore("".join(segment.text for text in rendered for segment in text))
 
-    def encode(self, examples: Sequence[Rendered]) -> list[Encoded | BadRow]:
-        """Encode a batch of rendered examples; one without a supervised token comes back as a BadRow."""
-        plans = [self._plan(rendered) for rendered in examples]
-        known = self._encode_sections(unit for plan in plans for unit in plan if isinstance(unit, Section))
-        return [self._assemble(rendered, plan, known) for rendered, plan in zip(examples, plans, strict=True)]
+    def encode(self, examples: Sequence[Rendered | Filled]) -> list[Encoded | BadRow]:
+        """Encode a batch of examples; one without a supervised token comes back as a BadRow."""
+        plans = [[] if isinstance(one, Filled) else self._plan(one) for one in examples]
+        filled = (key for one in examples if isinstance(one, Filled) for key in one.texts)
+        known = self._encode_texts(chain(filled, texts_of(chain.from_iterable(plans))))
+        return [
+            self._fill(one, known) if isinstance(one, Filled) else self._assemble(one, plan, known)
+            for one, plan in zip(examples, plans, strict=True)
+        ]
 
     def prompt(self, said: str | Sequence[Message], raw: bool) -> list[int]:
         """The ids that generation starts from; a training row of the same prompt begins with the very same ones.
@@ -184,24 +195,49 @@ class Encoder:
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
+    def _form(self, conversation: Conversation) -> Form | None:
+        which = taught(conversation.messages, self.section.supervise)
+        roles = [message.role for message in conversation.messages]
+        key = (tuple(roles), tuple(which))
+        if key not in self._forms and len(self._forms) < SHAPES and self.template.fills(roles):
+            try:
+                examples, split = self.template.rows(probe(roles), which)
+            except BadRow:  # rendering the row tells it
+                examples, split = [], True
+            made = None if split else form_of(examples[0], self._plan(examples[0]), self.marks, self._one)
+            self._forms[key] = made
+        return self._forms.get(key)
+
+    def _one(self, text: str, head: bool) -> bytes:
+        return self._subwords.ids([text], head)[0]
+
     def _plan(self, rendered: Rendered) -> list[Section | Mark]:
         """Cut every text at its special tokens."""
         plan: list[Section | Mark] = []
         for text in rendered:
             head, pieces = True, list[Segment]()
-            for segment in text:
-                at = 0
-                for found in self.marks.pattern.finditer(segment.text):
-                    pieces.append(Segment(segment.text[at : found.start()], segment.supervised))
+            for said, supervised in text:
+                first, *others = self.marks.split(said)
+                pieces.append(Segment(first, supervised))
+                for name, behind in zip(others[::2], others[1::2], strict=True):
                     plan += self._section(pieces, head)
-                    plan.append(Mark(self._ids[found.group().strip()], segment.supervised))
-                    head, pieces, at = False, [], found.end()
-                pieces.append(Segment(segment.text[at:], segment.supervised))
+                    plan.append(self._mark(name, supervised))
+                    head, pieces = False, [Segment(behind, supervised)]
             plan += self._section(pieces, head)
         return plan
 
+    def _mark(self, found: str, supervised: bool) -> Mark:
+        known = self._marks.get((found, supervised))
+        if known is None:  # some swallow the white space beside them
+            known = self._marks[found, supervised] = Mark(packed([self._ids[found.strip()]]), supervised)
+        return known
+
     def _section(self, pieces: list[Segment], head: bool) -> list[Section]:
         """Restore what messages spelt out, join neighbours of one kind, give blanks before an answer to the answer."""
+        if len(pieces) == 1:
+            [(text, supervised)] = pieces
+            alone = (Segment(self.marks.restore(text), supervised),)
+            return [Section(alone, head or not self._subwords.prefix_once)] if text else []
         joined: list[Segment] = []
         for text, supervised in pieces:
             text = self.marks.restore(text)
@@ -214,65 +250,60 @@ class Encoder:
             else:
                 joined.append(Segment(text, supervised))
         whole = tuple(piece for piece in joined if piece.text)
-        return [Section(whole, head or not self._prefix_once)] if whole else []
+        return [Section(whole, head or not self._subwords.prefix_once)] if whole else []
 
-    def _encode_sections(self, sections: Iterable[Section]) -> dict[tuple[bool, str], list[int]]:
-        """Ids of every section's text, and of the text before each of its borders; each distinct text once."""
-        wanted: dict[tuple[bool, str], int] = {}
-        for section in sections:
-            before = ""
-            for piece in section.pieces:
-                before += piece.text
-                wanted[section.head, before] = wanted.get((section.head, before), 0) + 1
+    def _encode_texts(self, keys: Iterable[tuple[bool, str]]) -> dict[tuple[bool, str], bytes]:
+        """Ids of every text, by (head, text); each distinct one is encoded once."""
+        wanted = Counter(keys)
         known = self._remembered
-        fresh = [key for key in wanted if key not in known]
-        found: dict[tuple[bool, str], list[int]] = {}
+        found: dict[tuple[bool, str], bytes] = {}
         for head in (True, False):
-            keys = [key for key in fresh if key[0] is head]
-            found.update(zip(keys, self._ids_of([text for _, text in keys], head), strict=True))
+            texts = [key[1] for key in wanted if key[0] is head and key not in known]
+            if texts:
+                found.update(zip([(head, text) for text in texts], self._subwords.ids(texts, head), strict=True))
         for key, ids in found.items():
             if wanted[key] > 1 and len(known) < REMEMBERED:
                 known[key] = ids
         return {**found, **{key: known[key] for key in wanted if key in known}}
 
-    def _ids_of(self, texts: list[str], head: bool) -> list[list[int]]:
-        """Texts without special tokens → ids, in native threads."""
-        if self._exact:
-            exact: list[list[int]] = self._exact[head].encode(texts)
-            return exact
-        tokenizer = self._head if head else self._inner
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
     def _assemble(
-        self, rendered: Rendered, plan: list[Section | Mark], known: dict[tuple[bool, str], list[int]]
+        self, rendered: Rendered, plan: list[Section | Mark], known: dict[tuple[bool, str], bytes]
     ) -> Encoded | BadRow:
-        parts: list[tuple[list[int], bool]] = []
+        parts: list[tuple[bytes, bool]] = []
         apart = 0
         for unit in plan:
             if isinstance(unit, Mark):
-                parts.append(([unit.id], unit.supervised))
+                parts.append(unit)
                 continue
             pieces = self._cut(unit, known)
             if pieces is None:
                 apart += 1
                 pieces = self._apart(unit)
             parts += pieces
-        if list(islice(chain.from_iterable(ids for ids, _ in parts), len(self._begin))) != self._begin:
-            parts.insert(0, (self._begin, False))
-        ids, spans = _joined(parts)
-        if not spans:
-            return BadRow("no token of it is supervised")
-        return Encoded(ids, spans, apart, digest(segment.text for text in rendered for segment in text))
+        return self._finished(parts, apart, "".join(f"{segment.text}\0" for text in rendered for segment in text))
 
-    def _cut(self, section: Section, known: dict[tuple[bool, str], list[int]]) -> list[tuple[list[int], bool]] | None:
+    def _fill(self, filled: Filled, known: dict[tuple[bool, str], bytes]) -> Encoded | BadRow:
+        parts = filled.form.parts([known[key] for key in filled.texts])
+        if parts is None:  # a token straddles a border
+            return self.encode(self.render(filled.conversation).examples)[0]
+        return self._finished(parts, 0, filled.known_by)
+
+    def _finished(self, parts: list[tuple[bytes, bool]], apart: int, known_by: str) -> Encoded | BadRow:
+        ids, spans = _joined(parts)
+        if not ids.startswith(self._begin):
+            ids, spans = _joined([(self._begin, False), *parts])
+        return Encoded(ids, spans, apart, digest(known_by)) if spans else BadRow("no token of it is supervised")
+
+    def _cut(self, section: Section, known: dict[tuple[bool, str], bytes]) -> list[tuple[bytes, bool]] | None:
         """The section's ids by piece, or None where a token straddles a border."""
         if len(section.pieces) == 1:
-            return [(known[section.head, section.text], section.pieces[0].supervised)]
+            [(text, supervised)] = section.pieces
+            return [(known[section.head, text], supervised)]
         whole, before, at = known[section.head, section.text], "", [0]
         for piece in section.pieces:
             before += piece.text
             ids = known[section.head, before]
-            if whole[: len(ids)] != ids:
+            if not whole.startswith(ids):
                 return None
             at.append(len(ids))
         return [
@@ -280,9 +311,10 @@ class Encoder:
             for (start, stop), piece in zip(pairwise(at), section.pieces, strict=True)
         ]
 
-    def _apart(self, section: Section) -> list[tuple[list[int], bool]]:
+    def _apart(self, section: Section) -> list[tuple[bytes, bool]]:
         return [
-            (self._ids_of([text], section.head and not i)[0], flag) for i, (text, flag) in enumerate(section.pieces)
+            (self._subwords.ids([text], section.head and not i)[0], flag)
+            for i, (text, flag) in enumerate(section.pieces)
         ]
 
     def _flat(self, rendered: Rendered, strip: bool) -> list[int]:
@@ -291,13 +323,13 @@ class Encoder:
             last = plan.pop()
             assert isinstance(last, Section)
             plan += self._section([Segment(last.text.rstrip(" "), False)], last.head)
-        known = self._encode_sections(unit for unit in plan if isinstance(unit, Section))
-        ids = [i for unit in plan for i in ([unit.id] if isinstance(unit, Mark) else known[unit.head, unit.text])]
-        return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
+        known = self._encode_texts(texts_of(plan))
+        ids = b"".join(unit.id if isinstance(unit, Mark) else known[unit.head, unit.text] for unit in plan)
+        return _unpacked(ids if ids.startswith(self._begin) else self._begin + ids)
 
     def count(self, text: str) -> tuple[int, list[int]]:
         """Tokens of a plain text, and for each the character at which it ends: the fast tokenizer's, for a cut."""
-        encoding = self._head.encode(text, add_special_tokens=False)
+        encoding = self._subwords.head.encode(text, add_special_tokens=False)
         return len(encoding.ids), [stop for _, stop in encoding.offsets]
 
     def plain_tokens(self, ids: Sequence[int]) -> int:
@@ -339,50 +371,26 @@ def _begin(tokenizer: Any) -> list[int]:
     return whole[: next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)]
 
 
-def _without_prefix(head: Tokenizer) -> tuple[Tokenizer, bool]:
-    """The tokenizer without SentencePiece's blank before the first word, and whether only a text's start has it."""
-    pre = head.pre_tokenizer
-    if isinstance(pre, pre_tokenizers.Metaspace) and pre.prepend_scheme != "never":
-        inner = _copy(head)
-        inner.pre_tokenizer = pre_tokenizers.Metaspace(pre.replacement, prepend_scheme="never", split=pre.split)
-        return inner, pre.prepend_scheme == "first"
-    whole = head.normalizer
-    parts = [whole[i] for i in range(len(whole))] if isinstance(whole, normalizers.Sequence) else []
-    if any(isinstance(part, normalizers.Prepend) for part in parts):
-        inner = _copy(head)
-        inner.normalizer = normalizers.Sequence([part for part in parts if not isinstance(part, normalizers.Prepend)])
-        return inner, False
-    return head, False
-
-
-def _copy(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer of our own, in which a text never yields special tokens."""
-    own = Tokenizer.from_str(tokenizer.to_str())
-    own.no_padding()
-    own.no_truncation()
-    own.encode_special_tokens = True
-    return own
-
-
-def _joined(parts: list[tuple[list[int], bool]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids in one list, supervised ranges joined where they touch; token 0 has nothing to be predicted from."""
-    ids: list[int] = []
+def _joined(parts: list[tuple[bytes, bool]]) -> tuple[bytes, list[tuple[int, int]]]:
+    """Ids in one, supervised ranges joined where they touch; token 0 has nothing to be predicted from."""
     spans: list[tuple[int, int]] = []
+    at = 0
     for piece, supervised in parts:
-        start, stop = max(len(ids), 1), len(ids) + len(piece)
-        ids += piece
-        if not supervised or start >= stop:
+        start, at = at, at + len(piece) // ID
+        start = max(start, 1)
+        if not supervised or start >= at:
             continue
         if spans and spans[-1][1] == start:
-            spans[-1] = (spans[-1][0], stop)
+            spans[-1] = (spans[-1][0], at)
         else:
-            spans.append((start, stop))
-    return ids, spans
+            spans.append((start, at))
+    return b"".join([ids for ids, _ in parts]), spans
 
 
-def digest(texts: Iterable[str]) -> bytes:
+def _unpacked(ids: bytes) -> list[int]:
+    return list(memoryview(ids).cast("i"))
+
+
+def digest(text: str) -> bytes:
     """Eight bytes that tell texts apart."""
-    state = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        state.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return state.digest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import date
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -20,6 +20,7 @@ from luthier.data.formats import BadRow
 from luthier.errors import DataError
 
 Render = Callable[[list[dict[str, Any]], bool], str]
+Kind = TypeVar("Kind", bound=ImmutableSandboxedEnvironment)
 
 
 def compile_chat_template(source: str, today: date, **tokens: str) -> Render:
@@ -27,14 +28,8 @@ def compile_chat_template(source: str, today: date, **tokens: str) -> Render:
 
     Errors: DataError where the template cannot be parsed; the renderer raises BadRow where it refuses a conversation.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = today.strftime
     try:
-        template = environment.from_string(source)
+        template = environment(today, ImmutableSandboxedEnvironment).from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"data.template: line {error.lineno} of the chat template: {error.message}") from None
 
@@ -47,6 +42,15 @@ def compile_chat_template(source: str, today: date, **tokens: str) -> Render:
             raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from None
 
     return render
+
+
+def environment(today: date, kind: type[Kind]) -> Kind:
+    """An environment of that kind with all that a chat template may use."""
+    made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _refuse
+    made.globals["strftime_now"] = today.strftime
+    return made
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ import pyarrow as pa
 import tokenizers
 
 from luthier import hub
-from luthier.data.cache import SCHEMA, cached, key_of
-from luthier.data.cut import excess, shorten
-from luthier.data.encode import Encoded, Encoder, digest
-from luthier.data.examples import BAD, CUT, OK, TOO_LONG, Examples, Source, spread
-from luthier.data.formats import BadRow, Conversation, Format, recognise, to_conversation
+from luthier.data.cache import cached, key_of
+from luthier.data.encode import Encoder
+from luthier.data.examples import BAD, CUT, TOO_LONG, Examples, Source, spread
+from luthier.data.formats import Format, recognise, to_conversation
+from luthier.data.record import Recorder
 from luthier.data.sources import Rejected, Row, fingerprint, open_source, source_files
 from luthier.data.split import eval_part, ranges, sampled, usable
+from luthier.data.workers import encoded_batches
 from luthier.errors import DataError
 from luthier.folder import write_atomic
 from luthier.sections import DataFile, DataSection
 
-ROWS_AT_ONCE = 1024
 LOOKED_AT = 100  # rows that decide the format
 SHOWN = 5  # bad rows named in an error
 
@@ -142,114 +142,12 @@ def _encode_source(
     files: Sequence[Path], shape: Format, section: DataSection, encoder: Encoder, say: Callable[[str], None]
 ) -> Iterator[pa.RecordBatch]:
     done, told, began = 0, time.monotonic(), time.monotonic()
-    rows = ((number, row) for number, file in enumerate(files) for row in open_source(file))
-    while batch := list(islice(rows, ROWS_AT_ONCE)):
-        records = _encode_rows(batch, shape, section, encoder)
-        yield pa.RecordBatch.from_pylist(records, schema=SCHEMA)
-        done += len(batch)
+    for batch, count in encoded_batches(files, Recorder(shape, section, encoder)):
+        yield batch
+        done += count
         if time.monotonic() - told > 5:
             told = time.monotonic()
             say(f"data: {done:,} rows encoded, {done / (told - began):,.0f} rows/s")
-
-
-def _encode_rows(
-    batch: Sequence[tuple[int, Row | Rejected]], shape: Format, section: DataSection, encoder: Encoder
-) -> list[dict[str, Any]]:
-    """A batch of rows → records of the cache, in order: one an example, one for a row that is bad or too long."""
-    rendered: list[Any] = []  # per row: (conversation, examples, split) or the reason against it
-    for _, row in batch:
-        try:
-            if isinstance(row, Rejected):
-                raise BadRow(row.reason)
-            conversation = to_conversation(row, shape, section)
-            examples, split = encoder.render(conversation)
-            rendered.append((conversation, examples, split))
-        except BadRow as error:
-            rendered.append(str(error))
-    encoded = iter(encoder.encode([e for one in rendered if not isinstance(one, str) for e in one[1]]))
-    records = []
-    for (file, row), one in zip(batch, rendered, strict=True):
-        where = {**_EMPTY, "file": file, "line": row.line}
-        if isinstance(one, str):
-            records.append({**where, "status": BAD, "reason": one, "raw": _raw(row)})
-            continue
-        conversation, examples, split = one
-        for _ in examples:
-            records.append(_record(next(encoded), conversation, split, row, where, encoder))
-    return records
-
-
-_EMPTY: dict[str, Any] = {
-    **{name: [] for name in ("ids", "starts", "stops")},
-    **{name: 0 for name in ("apart", "lost", "prompt", "row")},
-    "split": False,
-    "reason": None,
-    "raw": None,
-}
-
-
-def _record(
-    encoded: Encoded | BadRow,
-    conversation: Conversation,
-    split: bool,
-    row: Row | Rejected,
-    where: dict[str, Any],
-    encoder: Encoder,
-) -> dict[str, Any]:
-    if isinstance(encoded, BadRow):
-        return {**where, "status": BAD, "reason": str(encoded), "raw": _raw(row)}
-    status, lost = OK, 0
-    what, over = excess(encoded, encoder)
-    if what:
-        subject = "" if what == "row" else f"its {what} is "
-        reason = f"{subject}{over:,} tokens too long ({len(encoded.ids):,} in all)"
-        whole = encoded.answer_tokens
-        cuttable = encoder.section.too_long == "cut" and not split
-        shorter = shorten(conversation, encoder, lambda c: _encode_one(c, encoder)) if cuttable else None
-        if shorter is None:
-            return {**where, "status": TOO_LONG, "reason": reason, "lost": whole}
-        encoded, status, lost = shorter, CUT, whole - shorter.answer_tokens
-    return {
-        **where,
-        "status": status,
-        "ids": encoded.ids,
-        "starts": [start for start, _ in encoded.spans],
-        "stops": [stop for _, stop in encoded.spans],
-        "apart": encoded.apart,
-        "split": split,
-        "lost": lost,
-        "prompt": int.from_bytes(digest(_asked(conversation, encoder.section)), "little"),
-        "row": int.from_bytes(encoded.row, "little"),
-    }
-
-
-def _asked(conversation: Conversation, section: DataSection) -> list[str]:
-    """What a row's prompt is known by when rows are held out: the words before its first answer.
-
-    Not what the recipe puts around them, so that two recipes hold out the same rows; and one value for all turns of a
-    conversation, since a later turn's prompt tells the answer of an earlier one.
-    """
-    if conversation.fields:
-        answers = ("response", section.columns.response if section.columns else None)
-        return [text for name, text in sorted(conversation.fields.items()) if name not in answers]
-    asked = takewhile(lambda message: message.role != "assistant", conversation.messages)
-    words = [message.content.removeprefix(section.before_prompt) for message in asked]
-    return [text for text in words if text != section.system]
-
-
-def _encode_one(conversation: Conversation, encoder: Encoder) -> Encoded | None:
-    try:
-        examples, split = encoder.render(conversation)
-    except BadRow:
-        return None
-    encoded = encoder.encode(examples)[0]
-    return encoded if isinstance(encoded, Encoded) and not split else None
-
-
-def _raw(row: Row | Rejected) -> str:
-    if isinstance(row, Rejected):
-        return row.row
-    return json.dumps(row.values, ensure_ascii=False, default=str)[:200]
 
 
 # -- what a recipe allows --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from luthier.data.formats import BadRow, Conversation, Message
-from luthier.data.jinja import compile_chat_template
+from luthier.data.shapes import shaped_chat_template
 from luthier.errors import DataError
 from luthier.sections import DataSection, pattern_columns
 
@@ -54,6 +54,7 @@ class Marks:
     wide: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)  # swallows white space to its left, right
     pattern: re.Pattern[str] = field(init=False)  # for a template's text
     spelt: re.Pattern[str] = field(init=False)  # for a message's text
+    _parting: re.Pattern[str] = field(init=False)
 
     def __post_init__(self) -> None:
         longest_first = sorted(self.names, key=len, reverse=True)
@@ -64,8 +65,14 @@ class Marks:
         for name in longest_first:
             if name.isalnum() and name not in (self.bos, self.eos):  # ChatGLM3's `sop`, `eop`: not in "Philosophy"
                 spelt[name] = f"(?:{behind or '(?!)'}){spelt[name]}"
-        object.__setattr__(self, "pattern", re.compile("|".join(spelt.values()) or r"(?!)"))
+        pattern = "|".join(spelt.values()) or r"(?!)"
+        object.__setattr__(self, "pattern", re.compile(pattern))
+        object.__setattr__(self, "_parting", re.compile(f"({pattern})"))
         object.__setattr__(self, "spelt", re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"))
+
+    def split(self, text: str) -> list[str]:
+        """A template's text, a special token as it was found, the text behind it, and so on."""
+        return self._parting.split(text)
 
     def protect(self, content: str) -> str:
         """Replace special tokens spelt out in a message by stand-ins. Errors: BadRow where one stands already."""
@@ -105,6 +112,13 @@ class Template:
     raw: bool = False  # a text pattern without an answer: a prompt is a beginning, not a user's turn
     jinja: str | None = None  # the chat template to save with the tokenizer, for other tools
     alone: bool = False  # it has no place for earlier turns
+    fills: Callable[[Sequence[str]], bool] = lambda roles: False  # rows of these roles: the same text around contents
+
+
+def again(known_as: tuple[str, str | None], section: DataSection, marks: Marks, today: date) -> Template:
+    """A template loaded before, by (name, jinja), in another process: its file may have changed, and is not read."""
+    name, jinja = known_as
+    return load_template(section, marks, None, today) if jinja is None else _jinja(name, jinja, marks, today)
 
 
 def load_template(section: DataSection, marks: Marks, chat_template: str | None, today: date) -> Template:
@@ -149,7 +163,7 @@ def _everything(messages: Sequence[Message], which: Sequence[bool]) -> bool:
 
 
 def _jinja(name: str, source: str, marks: Marks, today: date) -> Template:
-    render = compile_chat_template(source, today, bos_token=marks.bos, eos_token=marks.eos)
+    render, shape_fills = shaped_chat_template(source, today, bos_token=marks.bos, eos_token=marks.eos)
 
     def protected(messages: Sequence[Message]) -> list[dict[str, Any]]:
         return [{"role": message.role, "content": marks.protect(message.content)} for message in messages]
@@ -188,7 +202,12 @@ def _jinja(name: str, source: str, marks: Marks, today: date) -> Template:
     def prompt(messages: Sequence[Message]) -> Rendered:
         return [[Segment(render(protected(messages), True), False)]]
 
-    return Template(name, source, rows, prompt, jinja=source)
+    def fills(roles: Sequence[str]) -> bool:
+        answers = [i for i, role in enumerate(roles) if role == "assistant"]
+        begun = all(shape_fills(roles[:i], True) and shape_fills(roles[: i + 1], False) for i in answers)
+        return begun and shape_fills(roles, False)
+
+    return Template(name, source, rows, prompt, jinja=source, fills=fills)
 
 
 def _end_of_turn(answer: str, content: str, marks: Marks) -> int | None:
