@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig, MptConfig
 
+from luthier.engine import loss as module_of_loss
 from luthier.engine.dropout import keyed, set_keys
 from luthier.engine.loss import CHUNK, Head, head_of, logits, summed_cross_entropy
 from rows import tiny
@@ -27,12 +28,15 @@ from rows import tiny
 WIDTH, WORDS = 32, 61
 N = 128
 """Places of a chunk."""
+FEW = 10
+"""Places of a piece of a chunk: the last one of each is smaller."""
 PLACES = [1, N - 1, N, N + 1, 2 * N + 44]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", N * WORDS)
+    monkeypatch.setattr(module_of_loss, "IN_CACHE", FEW * WORDS)
 
 
 def numbers(places, dtype=torch.float32, width=WIDTH, words=WORDS):
@@ -60,10 +64,10 @@ def full(hidden, targets, of):
     return F.cross_entropy(z, targets, reduction="sum")
 
 
-def exact(hidden, targets, of):
-    """full() in fp64, of the numbers as they were rounded."""
+def exact(hidden, targets, of, loss_of=full):
+    """The same in fp64, of the numbers as they were rounded."""
     hidden = hidden.detach().double().requires_grad_()
-    return results(full, hidden, targets, Head(copy.deepcopy(of.module).double(), of.scale, of.softcap))
+    return results(loss_of, hidden, targets, Head(copy.deepcopy(of.module).double(), of.scale, of.softcap))
 
 
 def results(loss_of, hidden, targets, of, factor=1.0):
@@ -163,6 +167,27 @@ def test_a_bias_that_trains_on_a_frozen_weight():
     assert max(distances(mine, exact(hidden, targets, of))) < 1e-6
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_place_that_weighs_three_counts_as_three_places(kind, trains):
+    """Rows that share a prefix teach its last tokens the same thing several times."""
+    hidden, targets = numbers(2 * N + 44)
+    of = head(trains=trains, **KINDS[kind])
+    times = torch.randint(1, 4, (len(targets),), generator=torch.Generator().manual_seed(6))
+
+    def weighed(hidden, targets, of):
+        return summed_cross_entropy(hidden, targets, of, weights=times.float())
+
+    def repeated(hidden, targets, of):
+        return full(hidden.repeat_interleave(times, 0), targets.repeat_interleave(times), of)
+
+    true = exact(hidden, targets, of, repeated)
+    assert max(distances(results(weighed, hidden, targets, of), true)) < 1e-6
+    assert min(distances(results(summed_cross_entropy, hidden, targets, of), true)[:2]) > 0.1
+    with torch.no_grad():
+        assert weighed(hidden, targets, of).item() == pytest.approx(true[0].item(), rel=1e-6)
+
+
 # Sixteen bits
 
 
@@ -227,17 +252,26 @@ class Work(TorchDispatchMode):
         return sum(self.alive.values())
 
     def products(self):
-        return sum(name in ("aten.mm.default", "aten.addmm.default") for name, _ in self.done)
+        return sum(name.startswith(("aten.mm.", "aten.addmm.")) for name, _ in self.done)
 
 
 @pytest.mark.parametrize(
-    ("trains", "softcap", "chunks"), [(False, None, 1.2), (False, 3.0, 2.2), (True, None, 3.3), (True, 3.0, 4.3)]
+    ("trains", "softcap", "dtype", "chunks"),
+    [
+        (False, None, torch.float32, 1.15),
+        (False, 3.0, torch.float32, 1.25),
+        (False, None, torch.bfloat16, 0.65),
+        (False, 3.0, torch.bfloat16, 0.75),
+        (True, None, torch.float32, 3.3),
+        (True, 3.0, torch.float32, 4.3),
+    ],
 )
-def test_never_places_times_words_in_memory(monkeypatch, trains, softcap, chunks):
-    """A chunk is 128 places × 5,000 words × 4 bytes; there are ten of them."""
+def test_never_places_times_words_in_memory(monkeypatch, trains, softcap, dtype, chunks):
+    """A chunk is 128 places × 5,000 words × 4 bytes, half of that in bf16; there are ten of them. A piece is 0.08."""
     monkeypatch.setitem(CHUNK, "cpu", N * 5000)
-    hidden, targets = numbers(10 * N, width=8, words=5000)
-    of = head(trains=trains, width=8, words=5000, softcap=softcap)
+    monkeypatch.setattr(module_of_loss, "IN_CACHE", FEW * 5000)
+    hidden, targets = numbers(10 * N, dtype, width=8, words=5000)
+    of = head(trains=trains, width=8, words=5000, softcap=softcap, dtype=dtype)
     chunk = N * 5000 * 4
     with Work() as ours:
         loss = summed_cross_entropy(hidden, targets, of)
@@ -247,6 +281,20 @@ def test_never_places_times_words_in_memory(monkeypatch, trains, softcap, chunks
     with Work() as theirs:
         full(hidden, targets, of).backward()
     assert theirs.peak > 20 * chunk  # or the meter does not measure
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_eight_times_the_places_take_the_same_memory(monkeypatch, trains):
+    monkeypatch.setitem(CHUNK, "cpu", N * 5000)
+    monkeypatch.setattr(module_of_loss, "IN_CACHE", 4 * FEW * 5000)
+    of, peaks = head(trains=trains, width=8, words=5000), []
+    for places in (500, 4000):
+        hidden, targets = numbers(places, width=8, words=5000)
+        with Work() as work:
+            summed_cross_entropy(hidden, targets, of).backward()
+        peaks.append(work.peak)
+    assert peaks[0] > N * 5000 * 4
+    assert peaks[1] < 1.15 * peaks[0]  # the hidden states' own gradient: 3,500 × 8 × 4 bytes, twice
 
 
 def test_the_backward_of_a_frozen_head_needs_the_vocabulary_no_more():
