@@ -90,6 +90,7 @@ def settle(model: Any, dtype: torch.dtype | None) -> None:
         if is_quantised(module):
             module.support_avx512bf16_for_cpu = False  # nobody's call of bitsandbytes' own forward repacks them either
             module.forward = partial(_linear, module, dtype)
+            module.luthier_dtype, module.luthier_weight = dtype, partial(dequantised, module)  # for engine/lora.py
 
 
 def is_quantised(module: nn.Module) -> bool:
