@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from luthier.data.pack import pack, pad
+from luthier.data.pack import Segment, pack, pad
 from luthier.engine.attention import CannotPackError, Layout, attend
 from luthier.engine.forward import SummedLoss, adopt, on_device
 from rows import SIZE, random_rows
 
-SEGMENTS = ((0, 1), (1, 12), (12, 20))
+SEGMENTS = (Segment(0, 1), Segment(1, 12), Segment(12, 20))
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2)
 
 
@@ -27,7 +27,7 @@ def tensors(dtype=torch.float64):
 def by_definition(query, key, value, scaling, window=None, softcap=None, sinks=None):
     """One token at a time: what it may see, its scores, its softmax."""
     out = torch.zeros(1, 20, 4, 8, dtype=query.dtype)
-    for start, stop in SEGMENTS:
+    for start, stop, _ in SEGMENTS:
         for place in range(start, stop):
             first = start if window is None else max(start, place - window + 1)
             for head in range(4):
@@ -68,7 +68,7 @@ def test_a_soft_cap_without_a_layout_follows_the_mask(masked):
     mask = torch.ones(20, 20, dtype=torch.bool).tril()[None, None] if masked else None
     out, _ = attend(MODULE, query, key, value, mask, scaling=0.3, softcap=2.0)
     last, _ = attend(MODULE, query[:, :, -1:], key, value, None, scaling=0.3, softcap=2.0)
-    whole, _ = attend(MODULE, query, key, value, None, scaling=0.3, softcap=2.0, layout=Layout(((0, 20),)))
+    whole, _ = attend(MODULE, query, key, value, None, scaling=0.3, softcap=2.0, layout=Layout((Segment(0, 20),)))
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(last, whole[:, -1:])  # one new token, the cache before it
 

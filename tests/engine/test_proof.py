@@ -22,7 +22,8 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from luthier.engine import attention, dropout, forward, loss, proof
+from luthier.data.pack import Segment
+from luthier.engine import attention, dropout, forward, loss, proof, reference
 from luthier.engine.proof import prove, rows_to_prove
 from luthier.errors import ModelError
 from luthier.models.adapters import attach
@@ -85,12 +86,13 @@ def test_matrices_of_zeros_hold_something_meanwhile(monkeypatch):
 def sabotaged_mask(monkeypatch):
     """Every token sees all tokens before it, those of other rows too."""
 
-    def whole(module, query, key, value, mask, *, layout=None, **asked):
-        one = None if layout is None or not layout.segments else attention.Layout(((0, query.shape[2]),), layout.keys)
+    def sighted(module, query, key, value, mask, *, layout=None, **asked):
+        whole = (Segment(0, query.shape[2]),)
+        one = None if layout is None or not layout.segments else attention.Layout(whole, layout.keys)
         return real(module, query, key, value, mask, layout=one, **asked)
 
     real = attention.attend
-    monkeypatch.setattr(attention, "attend", whole)
+    monkeypatch.setattr(attention, "attend", sighted)
 
 
 def sabotaged_positions(monkeypatch):
@@ -106,8 +108,8 @@ def sabotaged_positions(monkeypatch):
 def sabotaged_dropout(monkeypatch):
     """Masks that depend on where a token lies in its pass."""
 
-    def in_sequence(seed, step, owners, positions):
-        return real(seed, step, np.zeros_like(owners), np.arange(owners.size).reshape(owners.shape))
+    def in_sequence(seed, step, ids, positions, segments):
+        return real(seed, step, np.zeros_like(ids), np.arange(ids.size).reshape(ids.shape))
 
     real = dropout.token_keys
     monkeypatch.setattr(dropout, "token_keys", in_sequence)
@@ -161,8 +163,8 @@ def test_a_gradient_that_is_no_number_is_no_small_difference(monkeypatch):
             found[list(found)[3]][0] = float("nan")
         return loss, found
 
-    real = proof._Bench.gradients
-    monkeypatch.setattr(proof._Bench, "gradients", spoilt)
+    real = reference.Bench.gradients
+    monkeypatch.setattr(reference.Bench, "gradients", spoilt)
     found = proven(lora(tiny("llama")))
     assert found.route == "plain" and json.dumps(found.record, allow_nan=False)
 
@@ -212,8 +214,8 @@ def test_what_the_engine_was_found_to_be_stays_where_own_logits_break(monkeypatc
             raise ValueError("x" * 200 + "\nmore")
         return real(self, way, rows) * (1.5 if way == "engine" else 1)
 
-    real = proof._Bench.value
-    monkeypatch.setattr(proof._Bench, "value", off)
+    real = reference.Bench.value
+    monkeypatch.setattr(reference.Bench, "value", off)
     found = proven(lora(tiny("llama")))
     assert found.record["tried"]["engine"]["difference"] == pytest.approx(0.5)
     assert found.record["tried"]["own_logits"] == {
@@ -250,8 +252,8 @@ def test_a_draw_that_decides_nothing_and_kernels_that_do_not_repeat_themselves_a
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: torch.rand([]) and None)
     assert proven(model).route == "engine"
     calls = iter(range(1000))
-    real = proof.reference_loss
-    monkeypatch.setattr(proof, "reference_loss", lambda model, pass_: real(model, pass_) * (1 + 1e-5 * next(calls)))
+    real = reference.reference_loss
+    monkeypatch.setattr(reference, "reference_loss", lambda model, pass_: real(model, pass_) * (1 + 1e-5 * next(calls)))
     assert proven(lora(tiny("llama"))).route == "engine"
 
 
@@ -279,8 +281,8 @@ def test_a_reference_that_does_not_fit_proves_nothing_and_stops_nothing(monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(model, pass_)
 
-    real = proof.reference_loss
-    monkeypatch.setattr(proof, "reference_loss", full)
+    real = reference.reference_loss
+    monkeypatch.setattr(reference, "reference_loss", full)
     found = proven(lora(tiny("llama")))
     assert found.route == "engine"
     assert found.lines == [

@@ -162,8 +162,8 @@ def test_the_gradient_is_that_of_an_adapter_on_the_fused_layer(p: float, monkeyp
     monkeypatch.setattr(dropout, "_multiplier", lambda name: multiplier(name.split("layers.")[1].replace(*fused)))
     ours = moved(adapted(dropout=p)).train()
     theirs = vendor_adapted(ours, lora_dropout=p).train()
-    owners, positions = np.indices(IDS.shape)
-    keys = torch.from_numpy(dropout.token_keys(1, 0, owners, positions)).flatten()
+    _, positions = np.indices(IDS.shape)
+    keys = torch.from_numpy(dropout.token_keys(1, 0, IDS.numpy(), positions)).flatten()
     losses = []
     for model in (ours, theirs):
         with dropout.keyed(model, 1):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from luthier.data.pack import Pass, pack, pad
-from luthier.engine import dropout, proof
+from luthier.engine import dropout, forward, proof, reference
 from luthier.engine.forward import SummedLoss, adopt, on_device
 from luthier.errors import ModelError
 from luthier.merge import merge
@@ -25,7 +25,7 @@ from luthier.models.adapters import attach, load_adapter, save_adapter
 from luthier.models.load import check_architecture, load_model
 from luthier.models.quantize import dequantised, is_quantised
 from luthier.quiet import quiet
-from luthier.sections import MethodSection, ModelSection
+from luthier.sections import EngineSection, MethodSection, ModelSection
 from luthier.training.start import recompute_activations
 from rows import lora, random_rows, tiny
 from tiny import tiny_tokenizer
@@ -237,7 +237,7 @@ def test_the_engine_is_proven_and_nothing_leaks() -> None:
     model = lora(tiny("yuan"), lora_dropout=0.1).train()
     with dropout.keyed(model, 1):
         proven = proof.prove(model, ROWS, EVERY[:4], pad_id=0, device=CPU, autocast=None, seed=3)
-        assert proof._Bench(model, ROWS, 0, CPU, None, 3, 1.0).leak(EVERY) == 0.0
+        assert reference.Bench(model, ROWS, 0, CPU, None, 3, 1.0, EngineSection()).leak(EVERY) == 0.0
     assert proven.route == "engine" and proven.record["tried"]["engine"]["difference"] < 1e-5
 
 
@@ -260,7 +260,7 @@ def test_a_layout_alone_cuts_the_filter_where_positions_go_on() -> None:
     hidden = []
     for ids in (row.ids, np.where(np.arange(row.ids.size) < row.segments[0][1], 9, row.ids)):
         given = on_device(replace(shifted, ids=ids), CPU)
-        hidden.append(model.model(**proof.inputs(given)).last_hidden_state[:, row.segments[1][0] :])
+        hidden.append(model.model(**forward.inputs(given)).last_hidden_state[:, row.segments[1][0] :])
     assert torch.equal(*hidden)
 
 

@@ -52,7 +52,7 @@ def reference(model: Any, rows: Rows, section: TrainSection, *, dropout: bool) -
         for step in range(section.steps):
             numbers = order.rows(step).tolist()
             batch = padded(rows, numbers)
-            layout = {"layout": _layout(section.seed, step, numbers, batch["input_ids"].shape[1])} if dropout else {}
+            layout = {"layout": _layout(section.seed, step, batch["input_ids"])} if dropout else {}
             supervised = (batch["labels"] != -100).sum()
             loss = model(**batch, num_items_in_batch=supervised, use_cache=False, **layout).loss
             optimizer.zero_grad()
@@ -65,7 +65,7 @@ def reference(model: Any, rows: Rows, section: TrainSection, *, dropout: bool) -
     return found
 
 
-def _layout(seed: int, step: int, numbers: list[int], length: int) -> Layout:
-    """Rows of a padded pass, `length` places each: nothing of it but the keys of the dropout."""
-    owners, positions = np.meshgrid(np.array(numbers), np.arange(length), indexing="ij")
-    return Layout(segments=(), keys=torch.from_numpy(token_keys(seed, step, owners, positions)).flatten())
+def _layout(seed: int, step: int, ids: torch.Tensor) -> Layout:
+    """Of a padded pass, ids: [B, L]: nothing of it but the keys of the dropout."""
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    return Layout(segments=(), keys=torch.from_numpy(token_keys(seed, step, ids.numpy(), positions)).flatten())

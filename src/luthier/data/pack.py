@@ -1,48 +1,74 @@
 """The rows of one optimizer step → passes through the model under a token budget.
 
 Which rows share a pass never changes a step's gradient: in a packed pass a token sees its own row only, and a padded
-one has the same rows one below the other.
+one has the same rows one below the other. What rows have in common at their beginning may stand in a pass once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from luthier.data.prefixes import Node, forest, in_passes
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
 
-NO_TARGET = -100
+PAYS = 0.05
+"""Of a step's tokens: what shared prefixes must save; below it the rows are packed by themselves, which is fuller."""
+
+
+class Segment(NamedTuple):
+    """Tokens start … stop of a packed pass. parent: the number of the segment that comes before them in their rows,
+    -1 for none; a parent stands before its children."""
+
+    start: int
+    stop: int
+    parent: int = -1
 
 
 @dataclass(frozen=True)
 class Pass:
     """Rows that go through the model at once: packed end to end, or padded on the right.
 
-    ids, positions: int64 [B, L], positions from 0 in each row; targets: int64 [B, L], the id to be predicted FROM a
-    place (the next token, where that is supervised), else -100; owners: int64 [B, L], the number of the row that a
-    token belongs to; mask: bool [B, L], true on real tokens. segments: (start, stop) of each row of a packed pass,
-    whose B is 1; none in a padded one. rows: the rows' numbers.
+    ids, positions: int64 [B, L], positions from 0 in each row; mask: bool [B, L], true on real tokens. segments: the
+    rows of a packed pass, whose B is 1, or the parts that they are made of; none in a padded one. What is taught:
+    places: int64 [S] in B · L, from which targets: int64 [S] are predicted, each counted as often as weights: float32
+    [S] says (None: once). rows: the rows' numbers; length: their tokens, however many of them stand here.
     """
 
     ids: np.ndarray
     positions: np.ndarray
-    targets: np.ndarray
-    owners: np.ndarray
     mask: np.ndarray
-    segments: tuple[tuple[int, int], ...]
+    segments: tuple[Segment, ...]
+    places: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None
     rows: tuple[int, ...]
+    length: int
 
 
-def passes(examples: Examples, rows: np.ndarray, tokens_per_pass: int, apart: int | None = None) -> list[Pass]:
+def passes(
+    examples: Examples, rows: np.ndarray, tokens_per_pass: int, apart: int | None = None, shared: bool = False
+) -> list[Pass]:
     """The rows of a step as packed passes of at most `tokens_per_pass` tokens; a longer row goes alone.
 
-    `apart`: rows longer than this share no pass with shorter ones.
+    `apart`: rows longer than this share no pass with shorter ones. `shared`: what rows have in common at their
+    beginning stands once in a pass, where that saves enough.
     """
-    return [pack(examples, rows[part]) for part in first_fit(examples.lengths[rows], tokens_per_pass, apart)]
+    lengths = examples.lengths[rows]
+    if shared and len(rows) > 1:
+        sides = _sides(lengths, apart)
+        trees = [forest([examples[int(row)].ids for row in rows[side]]) for side in sides]
+        parts = [
+            (side, nodes) for side, tree in zip(sides, trees, strict=True) for nodes in in_passes(tree, tokens_per_pass)
+        ]
+        if sum(node.stop - node.start for _, nodes in parts for node in nodes) <= (1 - PAYS) * lengths.sum():
+            return [_pack_nodes(examples, rows[side], nodes) for side, nodes in parts]
+    return [pack(examples, rows[part]) for part in first_fit(lengths, tokens_per_pass, apart)]
 
 
 def padded_passes(
@@ -50,12 +76,18 @@ def padded_passes(
 ) -> list[Pass]:
     """The same as padded passes of at most `tokens_per_pass` places, padding counted: the plain twin."""
     lengths = examples.lengths[rows]
-    groups = (
-        [np.arange(len(rows))] if apart is None else [np.flatnonzero(lengths > apart), np.flatnonzero(lengths <= apart)]
-    )
     return [
-        pad(examples, rows[group[part]], pad_id) for group in groups for part in cut(lengths[group], tokens_per_pass)
+        pad(examples, rows[side[part]], pad_id)
+        for side in _sides(lengths, apart)
+        for part in cut(lengths[side], tokens_per_pass)
     ]
+
+
+def _sides(lengths: np.ndarray, apart: int | None) -> list[np.ndarray]:
+    """Places in `lengths` on either side of the border, the longer ones first."""
+    if apart is None or len(np.unique(lengths > apart)) < 2:
+        return [np.arange(len(lengths))]
+    return [np.flatnonzero(lengths > apart), np.flatnonzero(lengths <= apart)]
 
 
 def first_fit(lengths: np.ndarray, tokens_per_pass: int, apart: int | None = None) -> list[np.ndarray]:
@@ -63,9 +95,8 @@ def first_fit(lengths: np.ndarray, tokens_per_pass: int, apart: int | None = Non
 
     It fills at most 11/9 of the fewest passes possible, and one more (Johnson 1973).
     """
-    if apart is not None and len(np.unique(lengths > apart)) == 2:
-        groups = [np.flatnonzero(lengths > apart), np.flatnonzero(lengths <= apart)]
-        return [group[part] for group in groups for part in first_fit(lengths[group], tokens_per_pass)]
+    if len(sides := _sides(lengths, apart)) == 2:
+        return [side[part] for side in sides for part in first_fit(lengths[side], tokens_per_pass)]
     parts: list[list[int]] = []
     room = np.zeros(len(lengths), np.int64)  # left in each pass; as many passes as rows at most
     for place in np.argsort(-lengths.astype(np.int64), kind="stable"):
@@ -96,21 +127,53 @@ def cut(lengths: np.ndarray, tokens_per_pass: int) -> list[np.ndarray]:
 def pack(examples: Examples, rows: Sequence[int] | np.ndarray) -> Pass:
     """One packed pass of the given rows, in their order. No token predicts the next row's first."""
     chosen = [examples[int(row)] for row in rows]
-    lengths = np.array([len(example.ids) for example in chosen], np.int64)
-    stops = lengths.cumsum()
-    ids = np.concatenate([example.ids for example in chosen]).astype(np.int64)
-    supervised = np.concatenate([example.supervised for example in chosen])
-    targets = np.full(len(ids), NO_TARGET, np.int64)
-    targets[:-1] = np.where(supervised[1:], ids[1:], NO_TARGET)
-    targets[stops - 1] = NO_TARGET
+    stops = np.array([len(example.ids) for example in chosen], np.int64).cumsum().tolist()
+    segments = tuple(Segment(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
+    taught = [example.supervised[1:].nonzero()[0] for example in chosen]
     return Pass(
-        ids=ids[None],
-        positions=np.concatenate([np.arange(length) for length in lengths])[None],
-        targets=targets[None],
-        owners=np.repeat(np.asarray(rows, np.int64), lengths)[None],
-        mask=np.ones((1, len(ids)), bool),
-        segments=tuple((int(stop - length), int(stop)) for stop, length in zip(stops, lengths, strict=True)),
+        ids=np.concatenate([example.ids for example in chosen]).astype(np.int64)[None],
+        positions=np.concatenate([np.arange(len(example.ids)) for example in chosen])[None],
+        mask=np.ones((1, stops[-1]), bool),
+        segments=segments,
+        places=np.concatenate([at + segment.start for at, segment in zip(taught, segments, strict=True)]),
+        targets=np.concatenate([e.ids[at + 1] for at, e in zip(taught, chosen, strict=True)]).astype(np.int64),
+        weights=None,
         rows=tuple(int(row) for row in rows),
+        length=stops[-1],
+    )
+
+
+def _pack_nodes(examples: Examples, rows: np.ndarray, nodes: Sequence[Node]) -> Pass:
+    """One packed pass of the rows that these nodes make up, in whole: a node's numbers are places in `rows`."""
+    segments, firsts = list[Segment](), dict[int, list[Segment]]()  # of each row, in order
+    ids, positions = [], []
+    at = 0
+    for node in nodes:
+        segment = Segment(at, at + node.stop - node.start, node.parent)
+        for number in node.rows:
+            firsts.setdefault(number, []).append(segment)
+        ids.append(examples[int(rows[node.rows[0]])].ids[node.start : node.stop])
+        positions.append(np.arange(node.start, node.stop))
+        segments.append(segment)
+        at = segment.stop
+    pairs = []
+    for number, parts in firsts.items():
+        example = examples[int(rows[number])]
+        where = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+        taught = example.supervised[1:].nonzero()[0]
+        pairs.append(np.stack((where[taught], example.ids[taught + 1].astype(np.int64))))
+    taught, counts = np.unique(np.concatenate(pairs, axis=1), axis=1, return_counts=True)
+    chosen = rows[list(firsts)]
+    return Pass(
+        ids=np.concatenate(ids).astype(np.int64)[None],
+        positions=np.concatenate(positions)[None],
+        mask=np.ones((1, at), bool),
+        segments=tuple(segments),
+        places=taught[0],
+        targets=taught[1],
+        weights=None if (counts == 1).all() else counts.astype(np.float32),
+        rows=tuple(int(row) for row in chosen),
+        length=int(examples.lengths[chosen].sum()),
     )
 
 
@@ -118,18 +181,19 @@ def pad(examples: Examples, rows: Sequence[int] | np.ndarray, pad_id: int) -> Pa
     """One padded pass of the given rows. The pad id is never a target and never attended to: any id will do."""
     chosen = [examples[int(row)] for row in rows]
     shape = (len(chosen), max(len(example.ids) for example in chosen))
-    ids, mask, targets = np.full(shape, pad_id, np.int64), np.zeros(shape, bool), np.full(shape, NO_TARGET, np.int64)
+    ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, bool)
     for place, example in enumerate(chosen):
-        length = len(example.ids)
-        ids[place, :length] = example.ids
-        mask[place, :length] = True
-        targets[place, : length - 1] = np.where(example.supervised[1:], example.ids[1:], NO_TARGET)
+        ids[place, : len(example.ids)] = example.ids
+        mask[place, : len(example.ids)] = True
+    taught = [example.supervised[1:].nonzero()[0] for example in chosen]
     return Pass(
         ids=ids,
         positions=np.broadcast_to(np.arange(shape[1]), shape).copy(),
-        targets=targets,
-        owners=np.repeat(np.asarray(rows, np.int64)[:, None], shape[1], axis=1),
         mask=mask,
         segments=(),
+        places=np.concatenate([at + place * shape[1] for place, at in enumerate(taught)]),
+        targets=np.concatenate([e.ids[at + 1] for at, e in zip(taught, chosen, strict=True)]).astype(np.int64),
+        weights=None,
         rows=tuple(int(row) for row in rows),
+        length=int(mask.sum()),
     )

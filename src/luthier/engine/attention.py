@@ -10,7 +10,8 @@ Shapes: B rows, H query heads, K key heads, L places, E head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from luthier.data.pack import Segment
+from luthier.engine.cuda_attention import attend_cuda
+from luthier.engine.stretches import attend_by_stretches, stretches
 
 NAME = "luthier"
 NOTHING_TO_ATTENTION = frozenset(
@@ -35,13 +40,17 @@ class CannotPackError(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a pass is made of. segments: (start, stop) of each row of a packed pass, () where rows are padded.
+    """What a pass is made of. segments: those of a packed pass, () where rows are padded.
 
-    keys: int64 [B · L], what the dropout of each token depends on; None where there is none.
+    keys: int64 [B · L], what the dropout of each token depends on; None where there is none. fast: by the functions
+    made for this, not by a call of SDPA a segment. prepared: what is worked out from the segments once a pass, by the
+    sliding window.
     """
 
-    segments: tuple[tuple[int, int], ...]
+    segments: tuple[Segment, ...]
     keys: Tensor | None = None
+    fast: bool = True
+    prepared: dict[int | None, Any] = field(default_factory=dict, compare=False)
 
 
 def register() -> str:
@@ -81,10 +90,20 @@ def attend(
         return _scores(query, key, value, allowed, scaling, dropout, softcap, s_aux).transpose(1, 2).contiguous(), None
     _refuse_unknown(module, others)
     _refuse_hidden_window(module, sliding_window)
+    fast = layout.fast and s_aux is None and not dropout and value.shape[-1] == query.shape[-1]
+    if fast and softcap is None and query.device.type == "cpu":
+        if sliding_window not in layout.prepared:
+            layout.prepared[sliding_window] = stretches(layout.segments, sliding_window)
+        return attend_by_stretches(query, key, value, layout.prepared[sliding_window], scaling), None
+    if fast and query.device.type == "cuda":
+        out = attend_cuda(query, key, value, layout.segments, scaling, sliding_window, softcap)
+        if out is not None:
+            return out, None
     parts = []
-    for start, stop in layout.segments:
-        q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
-        window = _window(stop - start, sliding_window, query.device)
+    for segment in layout.segments:
+        q = query[:, :, segment.start : segment.stop]
+        k, v = (_with_ancestors(x, layout.segments, segment) for x in (key, value))
+        window = _window(q, k, sliding_window)
         if softcap is None and s_aux is None:
             part = F.scaled_dot_product_attention(
                 q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -94,6 +113,15 @@ def attend(
             part = _scores(q, k, v, allowed, scaling, dropout, softcap, s_aux)
         parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1), None  # contiguous, as some families' .view() needs it
+
+
+def _with_ancestors(x: Tensor, segments: Sequence[Segment], segment: Segment) -> Tensor:
+    """x: [1, K, L, E] → the places that a segment's tokens may see, its own last."""
+    parts = [x[:, :, segment.start : segment.stop]]
+    while segment.parent >= 0:
+        segment = segments[segment.parent]
+        parts.append(x[:, :, segment.start : segment.stop])
+    return parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=2)
 
 
 def _refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
@@ -119,11 +147,14 @@ def _has_window(config: Any) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
-def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """bool [L, L]: the last `sliding_window` tokens, itself included; None where a segment is no longer than that."""
-    if sliding_window is None or length <= sliding_window:
+def _window(query: Tensor, key: Tensor, sliding_window: int | None) -> Tensor | None:
+    """bool [L of query, L of key]: the last `sliding_window` tokens, itself included; None where plain causality over
+    as many keys as queries says it all."""
+    rows, columns = query.shape[2], key.shape[2]
+    if rows == columns and (sliding_window is None or columns <= sliding_window):
         return None
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
+    allowed = _whole(query, key)
+    return allowed if sliding_window is None else allowed.triu(columns - rows - sliding_window + 1)
 
 
 def _whole(query: Tensor, key: Tensor) -> Tensor:

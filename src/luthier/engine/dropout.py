@@ -1,15 +1,15 @@
-"""Dropout that does not depend on how a step's rows are cut: masks keyed by (seed, step, row, module, token position).
+"""Dropout that does not depend on how a step's rows are cut: masks keyed by (seed, step, row up to a token, module).
 
 A mask is never drawn in sequence. One table of random keep-flags is drawn for the whole run; the mask of a token in a
-module is the window into it that begins at hash(seed, step, row, position, module). So any cut, any number of processes
-and any recomputation see the same masks, and a window is cheaper than random numbers: for 2,700 × 896 in fp32 on one
-core 4 ms, where F.dropout takes 26 ms (benchmarks/dropout.py measures a whole step).
+module is the window into it that begins at hash(seed, step, the row's tokens up to this one, module). So any cut, any
+number of processes, shared prefixes and any recomputation see the same masks, and a window is cheaper than random
+numbers: for 2,700 × 896 in fp32 on one core 4 ms, where F.dropout takes 26 ms (benchmarks/dropout.py: a whole step).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from luthier.data.pack import Segment
 from luthier.errors import ModelError
 
 TABLE_BITS = 22
@@ -39,16 +40,28 @@ OTHER_HEADS = ("classifier", "summary")
 """How the dropouts begin that a configuration keeps for heads which a language model has not."""
 
 
-def token_keys(seed: int, step: int, owners: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One well-mixed 64-bit key a token, from the row that owns it and its position there. Shape: that of `owners`."""
+def token_keys(
+    seed: int, step: int, ids: NDArray[np.int64], positions: NDArray[np.int64], segments: Sequence[Segment] = ()
+) -> NDArray[np.int64]:
+    """One well-mixed 64-bit key a token, from the step and from its row up to it: [B, L] as `ids`.
+
+    Not from the row's number: what several rows begin with has the same masks in all of them, whether it is computed
+    once for all (shared prefixes) or in each. `segments`: those of a packed pass, none in a padded one.
+    """
+    words = _split_mix(_split_mix(np.zeros(1, np.uint64), positions), ids)
+    sums = words.cumsum(axis=1)  # of random words, one a token and position: it wraps around, as a hash may
+    for start, stop, parent in segments:
+        before = sums[0, segments[parent].stop - 1] if parent >= 0 else np.uint64(0)
+        sums[0, start:stop] = before + words[0, start:stop].cumsum()
     key = np.zeros(1, np.uint64)
-    for word in (np.array([seed]), np.array([step]), owners, positions):
+    for word in (np.array([seed]), np.array([step]), sums):
         key = _split_mix(key, word)
     return key.view(np.int64)
 
 
-def keep_table(seed: int, p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def keep_table(seed: int, p: float, dtype: torch.dtype, device: torch.device, scaled: bool = True) -> Tensor:
     """Flags 0 or 1 / (1 - p) in random order: [2**22 + WIDEST], a circle whose beginning is repeated at its end.
+    Not `scaled`: 0 or 1, which bf16 has exactly.
 
     Exactly the share p (to 2**-22) of the circle is 0, and each column of a window meets the whole circle.
     """
@@ -57,7 +70,8 @@ def keep_table(seed: int, p: float, dtype: torch.dtype, device: torch.device) ->
     )  # all unlike: the mixing is one to one
     dropped = round(p * len(numbers))
     kept = torch.from_numpy(numbers >= np.partition(numbers, dropped)[dropped])
-    return torch.cat((kept, kept[:WIDEST])).to(device, dtype) / (1 - p)
+    flags = torch.cat((kept, kept[:WIDEST])).to(device, dtype)
+    return flags / (1 - p) if scaled else flags
 
 
 class KeyedDropout(nn.Module):
@@ -67,9 +81,7 @@ class KeyedDropout(nn.Module):
     Errors: ModelError in training mode where `keys` are none or not one a token.
     """
 
-    def __init__(
-        self, p: float, name: str, dtype: torch.dtype, table: Callable[[float, torch.dtype, torch.device], Tensor]
-    ) -> None:
+    def __init__(self, p: float, name: str, dtype: torch.dtype, table: Callable[..., Tensor]) -> None:
         super().__init__()
         self.p, self.name, self.dtype, self.table = p, name, dtype, table
         self.multiplier = _multiplier(name)
@@ -78,17 +90,20 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x.to(self.dtype)
-        columns = x.shape[-1]
-        if self.keys is None or self.keys.numel() * columns != x.numel():
+        offsets = self.offsets(x)
+        windows = self.table(self.p, self.dtype, x.device).unfold(0, x.shape[-1], 1)  # [2**22 + …, columns], a view
+        masked: Tensor = _Masked.apply(x, offsets, windows)  # type: ignore[no-untyped-call]
+        return masked
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """Where each token's window into the table begins: int64 [tokens]."""
+        if self.keys is None or self.keys.numel() * x.shape[-1] != x.numel():
             raise ModelError(
                 f"LoRA dropout on {self.name} cannot be made independent of how rows are cut (it is given other tokens "
                 "than those of the rows); set method.dropout: 0"
             )
         # Multiply-shift hash: the top bits of the product, which wraps. >> keeps the sign: bring it to 0 … 2**22 - 1.
-        offsets = (self.keys * self.multiplier >> (64 - TABLE_BITS)) + (1 << (TABLE_BITS - 1))
-        windows = self.table(self.p, self.dtype, x.device).unfold(0, columns, 1)  # [2**22 + …, columns], a view
-        masked: Tensor = _Masked.apply(x, offsets, windows)  # type: ignore[no-untyped-call]
-        return masked
+        return (self.keys * self.multiplier >> (64 - TABLE_BITS)) + (1 << (TABLE_BITS - 1))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -101,15 +116,15 @@ class _Masked(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, offsets: Tensor, windows: Tensor) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.windows, ctx.dtype = windows, x.dtype
-        return _times_windows(x, offsets, windows, windows.dtype)
+        return times_windows(x, offsets, windows, windows.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (offsets,) = ctx.saved_tensors
-        return _times_windows(gradient, offsets, ctx.windows, ctx.dtype), None, None
+        return times_windows(gradient, offsets, ctx.windows, ctx.dtype), None, None
 
 
-def _times_windows(x: Tensor, offsets: Tensor, windows: Tensor, dtype: torch.dtype) -> Tensor:
+def times_windows(x: Tensor, offsets: Tensor, windows: Tensor, dtype: torch.dtype) -> Tensor:
     """The product, in the wider dtype of the two, then as `dtype`. On the CPU by pieces: only the result is new memory.
 
     index_select copies row by row; windows[offsets] would go element by element and take twice as long.
@@ -286,7 +301,7 @@ def _keyed_like(
     dropout: nn.Dropout,
     name: str,
     dtype: torch.dtype,
-    table: Callable[[float, torch.dtype, torch.device], Tensor],
+    table: Callable[..., Tensor],
 ) -> KeyedDropout:
     ours = KeyedDropout(dropout.p, name.removeprefix("base_model.model."), dtype, table)
     return ours.train(dropout.training)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from luthier.data.pack import NO_TARGET, Pass
+from luthier.data.pack import Pass
 from luthier.engine import attention, dropout
 from luthier.engine.attention import CannotPackError, Layout
 from luthier.engine.loss import Head, head_of, summed_cross_entropy
@@ -24,33 +25,41 @@ more than the head's output scaled and capped); plain: padded passes through tra
 
 @dataclass(frozen=True)
 class DevicePass:
-    """A pass where the model is. ids, positions, mask: [B, L]; supervised: [S] places in B · L; targets: [S]."""
+    """A pass where the model is. ids, positions, mask: [B, L]; supervised: [S] places in B · L; targets: [S] ids;
+    weights: fp32 [S], None for 1 each."""
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     supervised: Tensor
     targets: Tensor
+    weights: Tensor | None
     layout: Layout
 
 
-def on_device(pass_: Pass, device: torch.device, seed: int | None = None, step: int = 0) -> DevicePass:
-    """Move a pass. The supervised places are found before, so that the device is never waited for.
+def on_device(
+    pass_: Pass, device: torch.device, seed: int | None = None, step: int = 0, fast_attention: bool = True
+) -> DevicePass:
+    """Move a pass; the device is never waited for.
 
     `seed`: that of the dropout, whose masks belong to `step`; None where there is none.
     """
-    targets = torch.from_numpy(pass_.targets).flatten()
-    supervised = (targets != NO_TARGET).nonzero().squeeze(1)
+
+    def moved(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
     keys = None
     if seed is not None:
-        keys = torch.from_numpy(dropout.token_keys(seed, step, pass_.owners, pass_.positions)).flatten().to(device)
+        keys = moved(dropout.token_keys(seed, step, pass_.ids, pass_.positions, pass_.segments).reshape(-1))
     return DevicePass(
-        ids=torch.from_numpy(pass_.ids).to(device),
-        positions=torch.from_numpy(pass_.positions).to(device),
-        mask=torch.from_numpy(pass_.mask).to(device),
-        supervised=supervised.to(device),
-        targets=targets[supervised].to(device),
-        layout=Layout(pass_.segments, keys),
+        ids=moved(pass_.ids),
+        positions=moved(pass_.positions),
+        mask=moved(pass_.mask),
+        supervised=moved(pass_.places),
+        targets=moved(pass_.targets),
+        weights=None if pass_.weights is None else moved(pass_.weights),
+        layout=Layout(pass_.segments, keys, fast_attention),
     )
 
 
@@ -79,8 +88,12 @@ class SummedLoss(nn.Module):
         keys = None if pass_.layout.keys is None else pass_.layout.keys[pass_.supervised]
         if self.route == "engine":
             hidden = base.get_decoder()(**inputs(pass_)).last_hidden_state  # [B, L, D]
-            return summed_cross_entropy(hidden.flatten(0, 1)[pass_.supervised], pass_.targets, head, keys)
-        return F.cross_entropy(own_logits(base, head, pass_).float(), pass_.targets, reduction="sum")
+            chosen = hidden.flatten(0, 1).index_select(0, pass_.supervised)
+            return summed_cross_entropy(
+                chosen, pass_.targets, head, keys, *([] if pass_.weights is None else [pass_.weights])
+            )
+        losses = F.cross_entropy(own_logits(base, head, pass_).float(), pass_.targets, reduction="none")
+        return (losses if pass_.weights is None else losses * pass_.weights).sum()
 
 
 def inputs(pass_: DevicePass) -> dict[str, Any]:

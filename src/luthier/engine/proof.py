@@ -17,21 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.pack import NO_TARGET, pack, pad, passes
-from luthier.engine import dropout
 from luthier.engine.attention import CannotPackError
 from luthier.engine.forward import (
-    DevicePass,
     Route,
-    SummedLoss,
     adopt,
     base_of,
-    inputs,
-    on_device,
-    rotary_border,
 )
 from luthier.engine.memory import free_memory, is_full
-from luthier.errors import LuthierError, ModelError
+from luthier.engine.reference import Bench
+from luthier.engine.rungs import has_layers, rungs, without_layers
+from luthier.errors import LuthierError
+from luthier.sections import EngineSection
 
 if TYPE_CHECKING:
     from luthier.data.examples import Examples
@@ -64,14 +60,21 @@ SAID = 120
 STIRRED = 0.02
 """Standard deviation of what stands in for matrices of zeros (every B) meanwhile: else A would have no gradient."""
 
-Way = Literal["reference", "engine", "own_logits"]
+
+UNUSED: dict[Route, set[str]] = {
+    "engine": set(),
+    "own_logits": {"chunked_loss", "shared_prefixes"},
+    "plain": set(EngineSection.model_fields) - {"prefetch"},
+}
+"""What of the recipe's engine a route does not take."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The route that the run takes, the lines that say why, and what goes into proof.json."""
+    """The route that the run takes and its layers' rungs, the lines that say why, and what goes into proof.json."""
 
     route: Route
+    engine: EngineSection
     lines: list[str]
     record: dict[str, Any]
 
@@ -100,15 +103,18 @@ def prove(
     seed: int | None,
     gradients: bool = True,
     scale: float = 1.0,
+    engine: EngineSection = EngineSection(),  # noqa: B008 - it is frozen
 ) -> Proof:
     """Choose the first route that equals the reference, and leave the model's attention ready for it.
+
+    `engine`: what may be taken; with the model's own layers where it differs with others.
 
     The loss of two rows is compared always; loss and gradients of `rows` unless `gradients` is false or it would take
     more than a minute. `scale`: of the loss, for fp16. `seed`: of the dropout, None for none. Weights and gradients are
     left as they were.
     """
     began = time.monotonic()
-    bench = _Bench(model, examples, pad_id, device, autocast, seed, scale)
+    bench = Bench(model, examples, pad_id, device, autocast, seed, scale, engine)
     name, of_loss, of_gradient = _tolerance(base_of(model), autocast)
     with _stirred(bench.parameters):
         first, drawn = bench.first(rows[:FEW])  # warms caches and kernels up, and would tell a time far too long
@@ -128,11 +134,16 @@ def prove(
         differs = _relative(first, few)
         if drawn and differs > REPEATED:
             tried = {"reference": {"difference": differs, "of": "a loss computed twice"}}
+        elif engine.packed:
+            route, engine, tried = _first_that_fits(bench, rows, few, whole, of_loss, of_gradient)
         else:
-            route, tried = _first_that_fits(bench, rows, few, whole, of_loss, of_gradient)
+            tried = {}
+        if route == "plain":
+            engine = without_layers(engine)
     compared = rows if whole else rows[:FEW]
     record = {
         "path": route,
+        "rungs": [name for name, on in engine.model_dump().items() if on and name not in UNUSED[route]],
         "tried": tried,
         "rows": [examples.origin(int(row)) for row in compared],
         "gradients": len(whole[1]) if whole else 0,
@@ -145,7 +156,7 @@ def prove(
     said = _lines(route, tried, f"{_rows(rows)}, loss and {len(bench.parameters)} gradients; {name}", name)
     if whole is None and route != "plain":
         said = [f"engine not proven, {why}; the loss of {_rows(compared)} is the reference's"]
-    return Proof(route, said, record)
+    return Proof(route, engine, said, record)
 
 
 def _tolerance(base: Any, autocast: torch.dtype | None) -> tuple[str, float, float]:
@@ -154,157 +165,78 @@ def _tolerance(base: Any, autocast: torch.dtype | None) -> tuple[str, float, flo
     return max((TOLERANCE[dtype] for dtype in formats), key=lambda tolerance: tolerance[1])
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """Computes the same rows either way."""
-
-    model: Any
-    examples: Examples
-    pad_id: int
-    device: torch.device
-    autocast: torch.dtype | None
-    seed: int | None
-    scale: float
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-
-    def places(self, rows: np.ndarray) -> int:
-        """Of these rows padded."""
-        return len(rows) * int(self.examples.lengths[rows].max())
-
-    def first(self, rows: np.ndarray) -> tuple[float, bool]:
-        """The reference for the first time, and whether torch's random numbers moved on by it.
-
-        Errors: ModelError where the model does not take what it is given.
-        """
-        before = _random_states(self.device)
-        try:
-            loss = self.value("reference", rows)
-        except TypeError as error:
-            name = type(base_of(self.model)).__name__
-            raise ModelError(f"{name} does not take what a transformers model is given in training: {error}") from error
-        after = _random_states(self.device)
-        return loss, any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
-
-    def logits_bytes(self, rows: np.ndarray) -> int:
-        """Of the reference: the logits, their copy in fp32, its softmax and the gradient are three fp32 in all."""
-        return self.places(rows) * int(base_of(self.model).config.get_text_config().vocab_size) * 12
-
-    def leak(self, rows: np.ndarray) -> float:
-        """How far the hidden states of a row move, by their spread, when the ids of its neighbours in the pass do."""
-        part = pack(self.examples, [int(rows[0]), int(rows[-1]), int(rows[0])])
-        start, stop = part.segments[1]
-        places = np.arange(part.ids.size)
-        others = np.where((places < start) | (places >= stop), part.ids.max() - part.ids, part.ids)
-        states = []
-        for each in (part, replace(part, ids=others)):
-            pass_ = on_device(each, self.device, self.seed)
-            dropout.set_keys(self.model, pass_.layout.keys)
-            with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                hidden = base_of(self.model).get_decoder()(**inputs(pass_)).last_hidden_state
-            states.append(hidden[0, start:stop].float())
-        moved: Tensor = (states[0] - states[1]).abs().max() / states[0].std()
-        return moved.item()
-
-    def loss(self, way: Way, rows: np.ndarray) -> Tensor:
-        """Mean over the supervised tokens of these rows."""
-        packed = passes(self.examples, rows, int(self.examples.lengths[rows].sum()), rotary_border(self.model))
-        total = torch.zeros((), device=self.device)
-        for part in packed:
-            given = part if way != "reference" else pad(self.examples, part.rows, self.pad_id)
-            on = on_device(given, self.device, self.seed)
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                total = total + (
-                    reference_loss(self.model, on) if way == "reference" else SummedLoss(self.model, way)(on)
-                )
-        return total / int(self.examples.supervised[rows].sum())
-
-    def value(self, way: Way, rows: np.ndarray) -> float:
-        with torch.no_grad():
-            return self.loss(way, rows).item()
-
-    def gradients(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]]:
-        """The loss, and every gradient on the CPU, so that the device holds one set at a time.
-
-        Where fp16 overflows at the loss scale, without one: nothing is trained here.
-        """
-        loss, found = self._gradients(way, rows, self.scale)
-        if self.scale > 1 and not all(bool(value.isfinite().all()) for value in found.values()):
-            return self._gradients(way, rows, 1.0)
-        return loss, found
-
-    def _gradients(self, way: Way, rows: np.ndarray, scale: float) -> tuple[float, dict[str, Tensor]]:
-        loss = self.loss(way, rows)
-        torch.autograd.backward(loss * scale)
-        found = {}
-        for name, parameter in self.parameters.items():
-            value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            found[name] = value.cpu() / scale
-            parameter.grad = None
-        return loss.item(), found
-
-    def gradients_if_room(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]] | None:
-        try:
-            return self.gradients(way, rows)
-        except RuntimeError as error:
-            if not is_full(error):
-                raise
-            self.model.zero_grad()
-            return None
-
-
-def reference_loss(model: Any, pass_: DevicePass) -> Tensor:
-    """Summed loss of a padded pass by transformers itself (through PEFT where there is an adapter): a scalar."""
-    dropout.set_keys(model, pass_.layout.keys)
-    labels = torch.full_like(pass_.ids, NO_TARGET).flatten()
-    labels[pass_.supervised + 1] = pass_.targets  # labels name the token itself, targets the next one
-    loss: Tensor = model(**inputs(pass_), labels=labels.view_as(pass_.ids)).loss
-    return loss * len(pass_.targets)
-
-
 def _first_that_fits(
-    bench: _Bench,
+    bench: Bench,
     rows: np.ndarray,
     few: float,
     whole: tuple[float, dict[str, Tensor]] | None,
     of_loss: float,
     of_gradient: float,
-) -> tuple[Route, dict[str, Any]]:
-    """The route, and what was found about each that was tried: a difference and where it was, or a reason."""
+) -> tuple[Route, EngineSection, dict[str, Any]]:
+    """The route and its rungs, and what was found about each that was tried: a difference and where, or a reason."""
     tried: dict[str, Any] = {}
-    way: Literal["engine", "own_logits"] = "engine"
     base = base_of(bench.model)
     before = base.config._attn_implementation
+    name: str = "engine"
     try:
         adopt(bench.model)
         if not bench.leak(rows[:FEW]) <= LEAK:
             raise CannotPackError(f"in {type(base).__name__} a row would depend on the rows beside it")
-        for way in ("engine", "own_logits"):
-            loss = _relative(bench.value(way, rows[:FEW]), few)
-            tried[way] = {"loss": loss, "difference": loss, "of": f"the loss of {_rows(rows[:FEW])}"}
-            if loss > of_loss:
-                continue
-            found = bench.gradients_if_room(way, rows) if whole is not None else None
-            if whole is None or found is None:
-                return way, tried
-            differences = _differences(found[1], whole[1])
-            worst = max(differences, key=lambda name: differences[name])
-            tried[way] = {"loss": _relative(found[0], whole[0]), "difference": differences[worst], "of": worst}
-            if tried[way]["loss"] <= of_loss and differences[worst] <= of_gradient:
-                return way, tried
+        for way, engine in _ways(bench.engine):
+            trial = replace(bench, engine=engine)
+            name = way if engine == bench.engine else f"{way}, plain layers"
+            try:
+                with rungs(bench.model, engine):
+                    tried[name] = _compared(trial, way, rows, few, whole, of_loss, of_gradient)
+            except RuntimeError as error:
+                if is_full(error) or not has_layers(engine):
+                    raise
+                tried[name] = {"reason": _short(error)}
+                bench.model.zero_grad()
+            if tried[name].pop("fits", False):
+                return way, engine, tried
     except CannotPackError as error:
-        tried[way] = {"reason": str(error)}
+        tried[name] = {"reason": str(error)}
     except LuthierError:
         raise
     except Exception as error:  # a model that takes no Layout breaks anywhere, and trains plainly all the same
         if is_full(error):
             raise
-        tried[way] = {"reason": f"{type(base).__name__} takes no packed rows ({_short(error)})"}
+        tried[name] = {"reason": f"{type(base).__name__} takes no packed rows ({_short(error)})"}
     bench.model.zero_grad()
     base.set_attn_implementation(before)
-    return "plain", tried
+    return "plain", bench.engine, tried
+
+
+def _ways(engine: EngineSection) -> Iterator[tuple[Literal["engine", "own_logits"], EngineSection]]:
+    """What to try, the fastest first: with the layers asked for, then with the model's own."""
+    for each in dict.fromkeys((engine, without_layers(engine))):
+        if engine.chunked_loss:
+            yield "engine", each
+        yield "own_logits", each
+
+
+def _compared(
+    bench: Bench,
+    way: Literal["engine", "own_logits"],
+    rows: np.ndarray,
+    few: float,
+    whole: tuple[float, dict[str, Tensor]] | None,
+    of_loss: float,
+    of_gradient: float,
+) -> dict[str, Any]:
+    """How far a way is from the reference, and whether that `fits`; the gradients only where the loss does."""
+    loss = _relative(bench.value(way, rows[:FEW]), few)
+    found: dict[str, Any] = {"loss": loss, "difference": loss, "of": f"the loss of {_rows(rows[:FEW])}"}
+    if loss > of_loss:
+        return found
+    mine = bench.gradients_if_room(way, rows) if whole is not None else None
+    if whole is None or mine is None:
+        return {**found, "fits": True}
+    differences = _differences(mine[1], whole[1])
+    worst = max(differences, key=lambda name: differences[name])
+    found = {"loss": _relative(mine[0], whole[0]), "difference": differences[worst], "of": worst}
+    return {**found, "fits": found["loss"] <= of_loss and differences[worst] <= of_gradient}
 
 
 def _short(error: Exception) -> str:
@@ -316,11 +248,6 @@ def _short(error: Exception) -> str:
 
 def _rows(rows: np.ndarray) -> str:
     return f"{len(rows)} row{'s' if len(rows) > 1 else ''}"
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """Of torch's generators that a model on this device may draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _relative(value: float, reference: float) -> float:
@@ -345,19 +272,25 @@ def _differences(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> 
 def _lines(route: Route, tried: dict[str, Any], what: str, name: str) -> list[str]:
     said = []
     for way, found in tried.items():
-        if way == route:
-            by = "engine" if way == "engine" else "engine with transformers' own logits"
-            said.append(f"{by} = reference, {found['difference']:.0e} ({what})")
+        last = route != "plain" and way == list(tried)[-1]
+        if last:
+            by = "engine" if route == "engine" else "engine with transformers' own logits"
+            layers = " and the model's own layers" if "plain layers" in way else ""
+            said.append(f"{by}{layers} = reference, {found['difference']:.0e} ({what})")
         elif way == "reference":
             said.append(
                 "exactness does not hold for this model: something in it draws random numbers (one loss computed twice "
                 f"differs by {found['difference']:.0e}); the plain path is used: rows padded, which is slower"
             )
+        elif "reason" in found and route != "plain":
+            said.append(f"{way.replace('_', ' ')} does not run with this model: {found['reason']}")
         elif "reason" in found:
             said.append(f"rows are padded, not packed, which is slower: {found['reason']}")
         else:
             said.append(f"{way.replace('_', ' ')} ≠ reference: {found['difference']:.0e} in {found['of']} ({name})")
-    if route == "plain" and "reference" not in tried and not any("reason" in found for found in tried.values()):
+    if not tried:
+        said.append("engine.packed: false: rows padded, through transformers alone")
+    elif route == "plain" and "reference" not in tried and not any("reason" in found for found in tried.values()):
         said.append("the plain path is used: rows padded, through transformers alone; it is slower")
     return said
 

@@ -150,18 +150,21 @@ class LocalizedFilter(nn.Module):
         self.conv2 = PairConv(config.hidden_size // 2, config.hidden_size)
         self.output_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, starts: Tensor, cache: Any) -> Tensor:
-        """x, result: [B, L, D]; starts: bool [B or 1, L], tokens that nothing comes before."""
-        y = self.conv1(x, self.before(x, starts, cache, 0))
-        z = self.conv2(y, self.before(y, starts, cache, 1))
+    def forward(self, x: Tensor, starts: Tensor, previous: Tensor | None, cache: Any) -> Tensor:
+        """x, result: [B, L, D]; starts: bool [B or 1, L], tokens that nothing comes before; previous: int64 [L], the
+        place of what comes before each, where that is not always its neighbour (shared prefixes)."""
+        y = self.conv1(x, self.before(x, starts, previous, cache, 0))
+        z = self.conv2(y, self.before(y, starts, previous, cache, 1))
         filtered: Tensor = self.output_layernorm(z + x)
         return filtered
 
-    def before(self, x: Tensor, starts: Tensor, cache: Any, state: int) -> Tensor:
+    def before(self, x: Tensor, starts: Tensor, previous: Tensor | None, cache: Any, state: int) -> Tensor:
         """What comes before each token: [B, L, C], zero at starts. So y before a start is zero too, not conv1's bias.
 
         The cache gives back x behind the last token of the earlier call, and keeps x's last one for the next.
         """
+        if previous is not None:
+            return x.index_select(1, previous).masked_fill(starts[..., None], 0)
         known = x
         if cache is not None:
             kept = cache.update_conv_state(x.transpose(1, 2), self.layer_idx, state_idx=state, conv_kernel_size=1)
@@ -192,10 +195,11 @@ class YuanAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Any,
         starts: Tensor,
+        previous: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         places = hidden_states.shape[:2]
-        filtered = self.lf_gate(hidden_states, starts, past_key_values)
+        filtered = self.lf_gate(hidden_states, starts, previous, past_key_values)
         both = torch.cat((self.q_proj(filtered), self.k_proj(filtered)), dim=-1)
         query, key = both.view(*places, -1, 2, self.head_dim).permute(3, 0, 2, 1, 4)  # [B, H, L, E] each
         value = self.v_proj(hidden_states).view(*places, -1, self.head_dim).transpose(1, 2)
@@ -289,7 +293,7 @@ class YuanModel(YuanPreTrainedModel):
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + states.shape[1], device=states.device)[None]
         mask = create_causal_mask(self.config, states, attention_mask, past_key_values, position_ids)
-        starts = _starts(position_ids, attention_mask, layout)
+        starts, previous = _starts(position_ids, attention_mask, layout), _previous(layout, states.device)
         rotary = self.rotary_emb(states, position_ids=position_ids)
         for layer in self.layers:
             states = layer(
@@ -299,6 +303,7 @@ class YuanModel(YuanPreTrainedModel):
                 position_embeddings=rotary,
                 position_ids=position_ids,
                 starts=starts,
+                previous=previous,
                 layout=layout,
                 **kwargs,
             )
@@ -313,10 +318,22 @@ def _starts(positions: Tensor, mask: Tensor | None, layout: Layout | None) -> Te
     """
     starts = positions == 0
     if layout is not None and layout.segments:
-        starts = starts.index_fill(1, starts.new_tensor([start for start, _ in layout.segments], dtype=torch.long), 1)
+        roots = [segment.start for segment in layout.segments if segment.parent < 0]
+        starts = starts.index_fill(1, torch.tensor(roots).to(starts.device), 1)
     if mask is not None and mask.ndim == 2:
         starts = starts | ~F.pad(mask.bool(), (1, 0))[:, -positions.shape[1] - 1 : -1]
     return starts
+
+
+def _previous(layout: Layout | None, device: torch.device) -> Tensor | None:
+    """int64 [L]: the place of the token before each, in a pass with shared prefixes. Where none is, any place."""
+    if layout is None or all(segment.parent < 0 for segment in layout.segments):
+        return None
+    previous = torch.arange(-1, layout.segments[-1].stop - 1).clamp_(min=0)
+    for start, _, parent in layout.segments:
+        if parent >= 0:
+            previous[start] = layout.segments[parent].stop - 1
+    return previous.to(device)
 
 
 class YuanForCausalLM(YuanPreTrainedModel, GenerationMixin):  # type: ignore[misc]

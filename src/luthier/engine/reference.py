@@ -1,0 +1,141 @@
+"""The same rows of a run either way: padded through transformers and PEFT, as a user would, and through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from luthier.data.pack import pack, pad, passes
+from luthier.engine import dropout
+from luthier.engine.forward import DevicePass, SummedLoss, base_of, inputs, on_device, rotary_border
+from luthier.engine.memory import is_full
+from luthier.errors import ModelError
+from luthier.sections import EngineSection
+
+if TYPE_CHECKING:
+    from luthier.data.examples import Examples
+
+NOT_ONE = -100
+"""transformers' label of what is not taught."""
+
+Way = Literal["reference", "engine", "own_logits"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Computes the same rows either way."""
+
+    model: Any
+    examples: Examples
+    pad_id: int
+    device: torch.device
+    autocast: torch.dtype | None
+    seed: int | None
+    scale: float
+    engine: EngineSection
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def places(self, rows: np.ndarray) -> int:
+        """Of these rows padded."""
+        return len(rows) * int(self.examples.lengths[rows].max())
+
+    def first(self, rows: np.ndarray) -> tuple[float, bool]:
+        """The reference for the first time, and whether torch's random numbers moved on by it.
+
+        Errors: ModelError where the model does not take what it is given.
+        """
+        before = _random_states(self.device)
+        try:
+            loss = self.value("reference", rows)
+        except TypeError as error:
+            name = type(base_of(self.model)).__name__
+            raise ModelError(f"{name} does not take what a transformers model is given in training: {error}") from error
+        after = _random_states(self.device)
+        return loss, any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+    def logits_bytes(self, rows: np.ndarray) -> int:
+        """Of the reference: the logits, their copy in fp32, its softmax and the gradient are three fp32 in all."""
+        return self.places(rows) * int(base_of(self.model).config.get_text_config().vocab_size) * 12
+
+    def leak(self, rows: np.ndarray) -> float:
+        """How far the hidden states of a row move, by their spread, when the ids of its neighbours in the pass do."""
+        part = pack(self.examples, [int(rows[0]), int(rows[-1]), int(rows[0])])
+        start, stop, _ = part.segments[1]
+        places = np.arange(part.ids.size)
+        others = np.where((places < start) | (places >= stop), part.ids.max() - part.ids, part.ids)
+        states = []
+        for each in (part, replace(part, ids=others)):
+            pass_ = on_device(each, self.device, self.seed, fast_attention=self.engine.fast_attention)
+            dropout.set_keys(self.model, pass_.layout.keys)
+            with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                hidden = base_of(self.model).get_decoder()(**inputs(pass_)).last_hidden_state
+            states.append(hidden[0, start:stop].float())
+        moved: Tensor = (states[0] - states[1]).abs().max() / states[0].std()
+        return moved.item()
+
+    def loss(self, way: Way, rows: np.ndarray) -> Tensor:
+        """Mean over the supervised tokens of these rows."""
+        shared, border = way == "engine" and self.engine.shared_prefixes, rotary_border(self.model)
+        total = torch.zeros((), device=self.device)
+        for part in passes(self.examples, rows, int(self.examples.lengths[rows].sum()), border, shared):
+            given = part if way != "reference" else pad(self.examples, part.rows, self.pad_id)
+            on = on_device(given, self.device, self.seed, fast_attention=self.engine.fast_attention)
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                total = total + (
+                    reference_loss(self.model, on) if way == "reference" else SummedLoss(self.model, way)(on)
+                )
+        return total / int(self.examples.supervised[rows].sum())
+
+    def value(self, way: Way, rows: np.ndarray) -> float:
+        with torch.no_grad():
+            return self.loss(way, rows).item()
+
+    def gradients(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and every gradient on the CPU, so that the device holds one set at a time.
+
+        Where fp16 overflows at the loss scale, without one: nothing is trained here.
+        """
+        loss, found = self._gradients(way, rows, self.scale)
+        if self.scale > 1 and not all(bool(value.isfinite().all()) for value in found.values()):
+            return self._gradients(way, rows, 1.0)
+        return loss, found
+
+    def _gradients(self, way: Way, rows: np.ndarray, scale: float) -> tuple[float, dict[str, Tensor]]:
+        loss = self.loss(way, rows)
+        torch.autograd.backward(loss * scale)
+        found = {}
+        for name, parameter in self.parameters.items():
+            value = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            found[name] = value.cpu() / scale
+            parameter.grad = None
+        return loss.item(), found
+
+    def gradients_if_room(self, way: Way, rows: np.ndarray) -> tuple[float, dict[str, Tensor]] | None:
+        try:
+            return self.gradients(way, rows)
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+            self.model.zero_grad()
+            return None
+
+
+def reference_loss(model: Any, pass_: DevicePass) -> Tensor:
+    """Summed loss of a padded pass by transformers itself (through PEFT where there is an adapter): a scalar."""
+    dropout.set_keys(model, pass_.layout.keys)
+    labels = torch.full_like(pass_.ids, NOT_ONE).flatten()
+    labels[pass_.supervised + 1] = pass_.targets  # labels name the token itself, targets the next one
+    loss: Tensor = model(**inputs(pass_), labels=labels.view_as(pass_.ids)).loss
+    return loss * len(pass_.targets)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of torch's generators that a model on this device may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
