@@ -107,7 +107,10 @@ def exchange(*, say):
             "leads": world.leads,
             "size": world.size,
             "total": world.total([1.5, 10**15 + me, -me]),
-            "agree": [world.agree(10 + me, 3 - me, None), world.agree(0, me, [signal.SIGTERM, signal.SIGINT][me])],
+            "agree": [
+                world.agree(10 + me, 20 + me, 3 - me, None),
+                world.agree(0, 1, me, [signal.SIGTERM, signal.SIGINT][me]),
+            ],
             "gather": world.gather({"rank": me}),
             "share": world.share(f"from {me}"),
             "gradients": [gradients(world, hands) for hands in (UNEQUAL, EMPTY)],
@@ -151,7 +154,7 @@ def gradients(world, hands):
     net, x, targets = toy(seed=world.rank)  # the weights are rank 0's once wrapped
     shared, mine, found = world.wrap(net), hands[world.rank], []
     for _ in range(2):
-        supervised, most, _ = world.agree(int((targets[sum(mine, [])] >= 0).sum()), len(mine), None)
+        supervised, _, most, _ = world.agree(int((targets[sum(mine, [])] >= 0).sum()), 0, len(mine), None)
         for number in range(most):
             weight = 1 / supervised if number < len(mine) else 0.0
             with world.not_yet(shared, number < most - 1):
@@ -182,7 +185,7 @@ def train(ending, *, say):
                 raise RunError("no room on this device")
             if ending == "killed in backward":
                 one_backward(world)
-            stopped = world.agree(1, 1, came[0] if came else None)[2]
+            stopped = world.agree(1, 1, 1, came[0] if came else None)[3]
             if stopped is not None:
                 say(f"saved at step {step} after {signal.Signals(stopped).name}")
                 return stopped

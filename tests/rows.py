@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from luthier.data.batches import order_of
 from luthier.folder import RunFolder
 from luthier.models import families
-from luthier.sections import TrainSection
+from luthier.sections import EngineSection, TrainSection
 from luthier.training.distributed import World
 from luthier.training.loop import train
 from luthier.training.monitor import Monitor
@@ -128,6 +128,7 @@ def fit(
     world: World | None = None,
     proof: bool = True,
     ask: Any = None,
+    engine: EngineSection | None = None,
 ) -> Outcome:
     """Train in the run folder `path`, in the order of data seed 7."""
     world = world or World.alone(torch.device("cpu"))
@@ -148,6 +149,7 @@ def fit(
         resume=resume,
         proof=proof,
         ask=ask and (lambda most: ask(most) or []),
+        engine=engine or EngineSection(),
     )
 
 

@@ -126,7 +126,7 @@ def test_unknown_keys(tmp_path: Path, section: str, line: str, message: str) -> 
             "WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME)",
         ),
         ("demo: {title: x}", "demo: not in this version yet"),
-        ("qqq: 1", "qqq: unknown key; a recipe has run, model, data, method, train, generate, merge, track"),
+        ("qqq: 1", "qqq: unknown key; a recipe has run, model, data, method, train, engine, generate, merge, track"),
         (
             "lora_rank: 8",
             "lora_rank: a key of LLaMA-Factory, torchtune, ms-swift; here: method.r (rank of the adapters)",

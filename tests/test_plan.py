@@ -16,15 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from luthier import hub
 from luthier.cli import main as cli
 from luthier.data.batches import order_of, total_steps
-from luthier.data.pack import pack
+from luthier.data.pack import pack, passes
 from luthier.engine.forward import SummedLoss, adopt, on_device
+from luthier.engine.rungs import rungs
 from luthier.errors import ModelError
 from luthier.models import quantize
 from luthier.models.adapters import attach
 from luthier.plan import Bare, _Assumed, _tokens, memory, optimizer_bytes, plan, planned
 from luthier.plantext import lines
 from luthier.rehearsal import _Watch, bare_model
-from luthier.sections import DataSection, MethodSection, ModelSection, Quantization, Recipe, TrainSection
+from luthier.sections import DataSection, EngineSection, MethodSection, ModelSection, Quantization, Recipe, TrainSection
 from luthier.structure import structure
 from luthier.training.start import recompute_activations
 from rows import OWN, SIZE
@@ -96,7 +97,8 @@ def test_steps_and_tokens_are_those_of_the_data(recipe: Path) -> None:
     order = order_of(data.train_sources, loaded.data.seed, 4)
     assert (found.steps, found.steps_per_epoch) == (total_steps(loaded.train, order), 8) == (16, 8)
     assert found.tokens == 2 * int(data.train.lengths.sum())
-    assert found.largest[0] == max(int(data.train.lengths[order.rows(step)].sum()) for step in range(8))
+    steps = [passes(data.train, order.rows(step), 1024, shared=True) for step in range(8)]
+    assert found.largest[0] == max(part.ids.size for parts in steps for part in parts)
     some = _tokens(data, order, 11)  # an epoch and three steps of the next
     assert some == sum(int(data.train.lengths[order.rows(step)].sum()) for step in range(11))
 
@@ -133,7 +135,7 @@ def test_a_rehearsal_is_the_pass_itself_without_its_numbers(tmp_path: Path, fami
     real.train()
     given = on_device(part, torch.device("cpu"))
     watch = _Watch([*real.parameters(), *real.buffers()], None)
-    with watch:
+    with rungs(real, EngineSection()), watch:
         for _ in range(2):
             real.zero_grad()
             start = watch.peak = watch.live

@@ -281,6 +281,15 @@ train:
   keep: 3
   early_stop: null
   seed: 42
+engine:
+  packed: true
+  chunked_loss: true
+  fused_lora: true
+  fused_layers: true
+  fast_attention: true
+  shared_prefixes: true
+  prefetch: true
+  compile: false
 generate:
   prompts:
     - 是谁

@@ -19,7 +19,7 @@ LATER = "not in this version yet"
 
 _BATCH = "train.batch (rows in one optimizer step: batch size × accumulation)"
 _PASSES = "nothing to set (how rows are cut into passes never changes the result; train.tokens_per_pass bounds memory)"
-_PACKING = "nothing to set (how rows are packed into passes is Luthier's choice and never changes the result)"
+_PACKING = "nothing to set (rows are packed, which never changes the result; engine.packed: false pads them)"
 _LENGTH = "data.max_length (longest row in tokens; data.too_long says what happens to a longer one)"
 _TARGET = "method.target (a list of layers' names, or all_linear)"
 _LAYERS = "method.target (name the layers)"
@@ -42,7 +42,7 @@ _DTYPE = "model.dtype (auto, fp32, bf16 or fp16)"
 _QUANTISE = "model.quantize (none, int8 or nf4, or {kind: nf4, double_quant: true, compute_dtype: bf16})"
 _COMPUTE = "model.quantize.compute_dtype (auto, fp32, bf16 or fp16)"
 _DOUBLE = "model.quantize.double_quant (true or false)"
-_ATTENTION = "nothing to set (the engine chooses the attention)"
+_ATTENTION = "nothing to set (the engine chooses the attention; engine.fast_attention: false takes SDPA row by row)"
 _DEVICES = "train.devices (auto, cpu, or a list with a process for each, as [0, 1])"
 _WORKERS = "nothing to set (rows are encoded in threads, once, and cached)"
 _MODEL = "model.name (hf:owner/name, modelscope:owner/name or a folder)"
@@ -116,6 +116,8 @@ _TABLE: dict[str, tuple[str, str]] = {
     "attn_impl": (_MS, _ATTENTION),
     "flash_attn": (_LF, _ATTENTION),
     "flash_attention": (_AX, _ATTENTION),
+    "torch_compile": (f"{_T}, {_AX}", "engine.compile (the decoder's layers by torch.compile)"),
+    "use_liger_kernel": (f"{_T}, {_TRL}", "nothing to set (engine.fused_layers and engine.chunked_loss are on)"),
     "tokenizer": (_TT, _TOKENIZER),
     "tokenizer_name": (_T, _TOKENIZER),
     "tokenizer_type": (_AX, _TOKENIZER),

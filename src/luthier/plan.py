@@ -6,6 +6,7 @@ without weights, tokenizer or data is assumed, and said.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from luthier.models.load import (
 from luthier.models.weights import DTYPES, name_of, open_weights
 from luthier.recipe import load_recipe
 from luthier.rehearsal import Rehearsal, bare_model, rehearse
-from luthier.sections import Quantization, Recipe, TrainSection
+from luthier.sections import EngineSection, Quantization, Recipe, TrainSection
 from luthier.structure import structure
 from luthier.training.budget import SHARE, TOKENS_PER_PASS
 from luthier.training.optim import peak_lr
@@ -62,6 +63,8 @@ IN_8_BITS, BLOCK = 4096, 256
 """bitsandbytes keeps smaller tensors' moments in fp32; so many share a scale of 4 bytes."""
 MOST_STEPS = 10_000
 """Steps among which the largest is looked for."""
+LOOKED_AT = 20
+"""Of these, those with the most tokens: where beginnings are shared, the largest pass shows when they are cut."""
 LIBRARIES = {"cpu": 30 << 20}
 """What a first step takes beside tensors: code that is first used, kernels made for these shapes (measured: 30 MiB with
 8 tokens, of 100 M parameters). A GPU's own fixed costs are its driver's and unknown here."""
@@ -228,6 +231,7 @@ def memory(bare: Bare, part: Pass, route: Route = "engine") -> Memory:
         quantized=bare.quantized,
         checkpointing=section.activation_checkpointing,
         seed=section.seed if bare.dropout else None,
+        engine=bare.recipe.engine.model_copy(update={"compile": False}),
     )
     return replace(known, rehearsal=found)
 
@@ -278,32 +282,34 @@ class _Passes:
     """The passes of a run: of its own rows, or of rows of data.max_length where there are none to read."""
 
     def __init__(self, bare: Bare, data: Data | None, order: Order | None, model: Any) -> None:
-        self.bare, self.order, self.route = bare, order, _route(model)
+        self.bare, self.order, self.route = bare, order, _route(model, bare.recipe.engine)
         section = bare.recipe.data
         self.examples: Any = data.train if data else _Assumed(section.max_length)
         self.border, self.words = rotary_border(model), int(base_of(model).config.get_text_config().vocab_size)
 
-    def rows(self) -> np.ndarray:
-        """Those of the step with the most tokens."""
+    def rows(self) -> list[np.ndarray]:
+        """Those of the steps with the most tokens, the most first."""
         if self.order is None:
-            return np.arange(self.bare.recipe.train.batch)
+            return [np.arange(self.bare.recipe.train.batch)]
         every = (self.order.rows(step) for step in range(min(self.order.steps_per_epoch, MOST_STEPS)))
-        return max(every, key=lambda rows: int(self.examples.lengths[rows].sum()))
+        return heapq.nlargest(LOOKED_AT, every, key=lambda rows: int(self.examples.lengths[rows].sum()))
 
     def largest(self, tokens: int) -> Pass:
         """The largest pass of at most `tokens`, if no row is longer."""
-        rows = self.rows()
+        steps = self.rows()
         if self.order is None:
-            rows = rows[: max(1, tokens // self.bare.recipe.data.max_length)]
+            steps = [steps[0][: max(1, tokens // self.bare.recipe.data.max_length)]]
         if self.route == "plain":
-            cut = padded_passes(self.examples, rows, tokens, 0, self.border)
+            cut = padded_passes(self.examples, steps[0], tokens, 0, self.border)
         else:
-            cut = passes(self.examples, rows, tokens, self.border)
+            shared = self.order is not None and self.route == "engine"  # assumed rows are all alike
+            shared = shared and self.bare.recipe.engine.shared_prefixes
+            cut = [p for rows in steps for p in passes(self.examples, rows, tokens, self.border, shared)]
         return max(cut, key=lambda part: part.ids.size)
 
     def proof_bytes(self, free: int) -> int:
         """Of the reference's logits, where the proof would compute them: else only two rows' loss is compared."""
-        drawn = self.rows() if self.order is None else self.order.rows(0)
+        drawn = self.rows()[0] if self.order is None else self.order.rows(0)
         places = rows_to_prove(self.examples, drawn, int(PROOF_SHARE * self.examples.lengths[drawn].sum()))
         needed = len(places) * int(self.examples.lengths[places].max()) * self.words * LOGITS
         return needed if needed <= free / 2 else 0
@@ -320,12 +326,12 @@ class _Assumed:
         return self.row
 
 
-def _route(model: Any) -> Route:
+def _route(model: Any, engine: EngineSection) -> Route:
     try:
         adopt(model)
     except CannotPackError:
         return "plain"
-    return "engine"
+    return "plain" if not engine.packed else "engine" if engine.chunked_loss else "own_logits"
 
 
 # -- what the recipe names ---------------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from luthier.data.pack import Pass
 from luthier.engine import dropout, loss
-from luthier.engine.forward import DevicePass, Route, SummedLoss, on_device
+from luthier.engine.forward import DevicePass, Route, SummedLoss, base_of, on_device
+from luthier.engine.rungs import rungs, without_layers
 from luthier.errors import ModelError
 from luthier.models import families, quantize
 from luthier.models.load import read_config
-from luthier.sections import Quantization
+from luthier.sections import EngineSection, Quantization
 from luthier.training.start import recompute_activations
 
 ROUNDS = 2
@@ -90,10 +91,12 @@ def rehearse(
     quantized: Quantization | None = None,
     checkpointing: bool = False,
     seed: int | None = None,
+    engine: EngineSection = EngineSection(),  # noqa: B008 - it is frozen
 ) -> Rehearsal:
     """Carry an adapted bare model through forward and backward of a pass. `model` is of no other use afterwards.
 
-    `device`: "cpu" or "cuda", whose chunks of the loss are other ones; `seed`: of the dropout, None for none.
+    `device`: "cpu" or "cuda", whose chunks of the loss are other ones; `seed`: of the dropout, None for none;
+    `engine`: what the layers and the attention are.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _materialise(model, mode)
@@ -103,8 +106,14 @@ def rehearse(
     if checkpointing:
         recompute_activations(model)
     model.train()
-    given = _faked(on_device(part, torch.device("cpu"), seed), mode)
-    with mode, _pieces_of(device), dropout.keyed(model, seed) if seed is not None else nullcontext():
+    given = _faked(on_device(part, torch.device("cpu"), seed, fast_attention=engine.fast_attention), mode)
+    layers = without_layers(engine) if route == "plain" else engine
+    with (
+        rungs(model, layers),
+        mode,
+        _pieces_of(device),
+        dropout.keyed(model, seed) if seed is not None else nullcontext(),
+    ):
         if seed is not None:
             with torch.no_grad():
                 SummedLoss(model, route)(given)  # makes the dropout's table
@@ -226,7 +235,9 @@ def _pieces_of(device: str) -> Iterator[None]:
 
 def _tables(model: nn.Module) -> list[Tensor]:
     drops = {id(part.table): part for part in model.modules() if isinstance(part, dropout.KeyedDropout)}
-    return [part.table(part.p, part.dtype, torch.device("cpu")) for part in drops.values()]
+    cpu, base = torch.device("cpu"), base_of(model)
+    fused = [part.table(part.p, dtype, cpu, False) for part in drops.values() for dtype in {base.dtype, part.dtype}]
+    return [*fused, *(part.table(part.p, part.dtype, cpu) for part in drops.values())]
 
 
 # -- who watches -------------------------------------------------------------------------------------------------------

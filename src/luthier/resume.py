@@ -15,7 +15,7 @@ from luthier.recipe import load_recipe, recipe_difference, run_name
 from luthier.sections import Recipe
 
 # A resumed run may change these: no step's numbers depend on them, but for rounding on the last three.
-ROUNDING = ("train.devices", "train.tokens_per_pass", "train.activation_checkpointing")
+ROUNDING = ("train.devices", "train.tokens_per_pass", "train.activation_checkpointing", "engine.")
 FREE = ("run", "track", "train.log_every", "train.keep", "generate.", "merge.", *ROUNDING)
 COUNTS = ("template_sha256", "train_rows", "train_tokens", "supervised_tokens", "eval_rows")
 """What data.json says of the encoded rows that a resumed run must find again."""

@@ -190,6 +190,7 @@ def _trained(
         resume=checkpoint,
         proof=proof,
         ask=partial(_replies, bench) if bench.prompts else None,
+        engine=bench.recipe.engine,
     )
 
 

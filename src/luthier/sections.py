@@ -240,6 +240,28 @@ class TrainSection(Section):
         return value
 
 
+class EngineSection(Section):
+    """How a step is computed. None of these changes the result beyond rounding: each has a plain twin, which `false`
+    takes, and is compared with it before step 1."""
+
+    packed: bool = True
+    """Rows go through the model end to end; false: padded one below the other, with transformers' own logits."""
+    chunked_loss: bool = True
+    """Only what is taught meets the vocabulary, a chunk at a time; false: the logits of these places all at once."""
+    fused_lora: bool = True
+    """LoRA layers that read the same input do it together, with a backward by hand; false: PEFT's own layers."""
+    fused_layers: bool = True
+    """Norms and gated feed-forwards that keep less and go less often over memory; false: transformers' own."""
+    fast_attention: bool = True
+    """Rows of like lengths in one call (a GPU: one kernel for a whole pass); false: a call of SDPA a row."""
+    shared_prefixes: bool = True
+    """What rows of a step have in common at their beginning is computed once a pass; false: in every row."""
+    prefetch: bool = True
+    """The next step's rows are prepared while this one computes."""
+    compile: bool = False
+    """Compile the decoder's layers with torch.compile, which takes a minute or several: for long runs."""
+
+
 class GenerateSection(Section):
     """What the model is asked, and how it answers."""
 
@@ -284,6 +306,7 @@ class Recipe(Section):
     data: DataSection
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
     generate: GenerateSection = GenerateSection()
     merge: MergeSection = MergeSection()
     track: list[Literal["wandb", "mlflow", "swanlab", "tensorboard"]] = []

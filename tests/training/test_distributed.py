@@ -43,7 +43,7 @@ def test_totals_are_exact_and_equal_in_both(told):
 
 
 def test_a_step_is_agreed_on_at_once(told):
-    nobody, both = [21, 3, None], [0, 1, max(signal.SIGINT, signal.SIGTERM)]
+    nobody, both = [21, 41, 3, None], [0, 2, 1, max(signal.SIGINT, signal.SIGTERM)]
     assert [one["agree"] for one in told] == [[nobody, both]] * 2
 
 
@@ -101,8 +101,8 @@ def test_when_one_ends_the_other_does_not_wait_and_one_error_is_told(ending, mes
 def test_alone_nothing_is_sent_and_torch_distributed_is_not_started():
     world = World.alone(CPU)
     net = torch.nn.Linear(2, 2)
-    assert world.leads and world.total([1, 2.5]) == [1.0, 2.5] and world.agree(7, 2, None) == (7, 2, None)
-    assert world.agree(7, 2, signal.SIGINT) == (7, 2, signal.SIGINT)
+    assert world.leads and world.total([1, 2.5]) == [1.0, 2.5] and world.agree(7, 9, 2, None) == (7, 9, 2, None)
+    assert world.agree(7, 9, 2, signal.SIGINT) == (7, 9, 2, signal.SIGINT)
     assert world.gather("me") == ["me"] and world.share("me") == "me" and world.wrap(net) is net
     world.wait()
     with world.not_yet(net, True), join("cpu") as joined:

@@ -30,7 +30,7 @@ def with_room_for(monkeypatch, tokens):
 
     def limited(self, part, step=0, module=None):
         loss = real(self, part, step, module)
-        if part.ids.size > tokens and step and torch.is_grad_enabled():
+        if part.mask.nbytes > tokens and step and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 

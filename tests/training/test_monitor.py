@@ -13,8 +13,11 @@ from luthier.training import monitor as module
 from luthier.training.monitor import Facts, Monitor
 from luthier.words import duration
 
-FACTS = Facts(loss=2.34561, lr=9.6e-5, grad_norm=1.234, tokens=2468, supervised=700, rows=16, passes=2, seconds=2.0)
-KEYS = ["step", "epoch", "time", "loss", "eval_loss", "lr", "grad_norm", "tokens", "supervised", "rows", "passes"]
+FACTS = Facts(
+    loss=2.34561, lr=9.6e-5, grad_norm=1.234, tokens=2468, computed=1900, supervised=700, rows=16, passes=2, seconds=2.0
+)
+KEYS = ["step", "epoch", "time", "loss", "eval_loss", "lr", "grad_norm", "tokens", "computed"]
+KEYS += ["supervised", "rows", "passes"]
 KEYS += ["tokens_per_second", "memory_gib", "gpu"]
 
 
@@ -41,7 +44,15 @@ def test_a_line_has_every_key_and_null_where_there_is_nothing(folder):
     assert list(first) == list(second) == KEYS
     assert (first["step"], first["eval_loss"], first["loss"], first["tokens"]) == (0, 3.5, None, None)
     expected = {"step": 1, "epoch": 0.333333, "loss": 2.34561, "eval_loss": None, "lr": 9.6e-5, "grad_norm": 1.234}
-    expected |= {"tokens": 2468, "supervised": 700, "rows": 16, "passes": 2, "tokens_per_second": 1234.0, "gpu": None}
+    expected |= {
+        "tokens": 2468,
+        "computed": 1900,
+        "supervised": 700,
+        "rows": 16,
+        "passes": 2,
+        "tokens_per_second": 1234.0,
+        "gpu": None,
+    }
     assert {key: second[key] for key in expected} == expected
     assert abs(second["time"] - time.time()) < 60
     assert 0.01 < second["memory_gib"] < 100
@@ -56,7 +67,7 @@ def test_lines_stack_as_columns(folder, monkeypatch):
     monitor.show_eval(2.5, "before training")
     now[0] += 11.11
     monitor.show_step(12, FACTS)
-    monitor.show_step(120, Facts(12.3, 1.0e-4, 1234.5, 1_234_567, 9, 9, 1, 1.0))
+    monitor.show_step(120, Facts(12.3, 1.0e-4, 1234.5, 1_234_567, 9, 9, 9, 1, 1.0))
     monitor.show_eval(2.1234, "best so far")
     assert said == [
         "eval    0/282  epoch 0.00  loss  2.5000  before training",

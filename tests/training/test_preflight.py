@@ -26,8 +26,8 @@ def with_room_for(monkeypatch, tokens):
 
     def limited(self, part, step=0, module=None):
         loss = real(self, part, step, module)
-        tried.append(part.ids.size)
-        if part.ids.size > tokens and torch.is_grad_enabled():
+        tried.append(part.mask.nbytes)
+        if part.mask.nbytes > tokens and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 
@@ -125,12 +125,12 @@ def test_no_pass_of_the_run_is_larger_than_what_was_tried(tmp_path, monkeypatch,
     real, sizes = Gradients.loss, []
 
     def watched(self, part, step=0, module=None):
-        sizes.append(part.ids.size)
+        sizes.append(part.mask.nbytes)
         return real(self, part, step, module)
 
     monkeypatch.setattr(Gradients, "loss", watched)
     if route == "plain":
-        monkeypatch.setattr("luthier.training.loop.choose_route", lambda *_, **__: "plain")
+        monkeypatch.setattr("luthier.training.start.choose_route", lambda *_, **__: ("plain", True))
     marks = []
     tried = Preflight.forget
     monkeypatch.setattr(Preflight, "forget", lambda self: marks.append(len(sizes)) or tried(self))

@@ -27,7 +27,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def facts(seconds: float) -> Facts:
-    return Facts(loss=2.0, lr=1e-4, grad_norm=1.0, tokens=100, supervised=50, rows=4, passes=1, seconds=seconds)
+    return Facts(
+        loss=2.0, lr=1e-4, grad_norm=1.0, tokens=100, computed=100, supervised=50, rows=4, passes=1, seconds=seconds
+    )
 
 
 def status(folder: RunFolder) -> dict:

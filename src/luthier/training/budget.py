@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from luthier.data.pack import Pass
 from luthier.engine.memory import free_memory
+from luthier.sections import TrainSection
+from luthier.training.checkpoint import TrainState
 from luthier.training.gradients import Gradients
 
 if TYPE_CHECKING:
@@ -22,6 +25,30 @@ PROBE = 512
 SHARE = 0.6
 """Of the free memory: the backward pass needs workspace beside what the forward pass keeps."""
 GIB = 1024**3
+
+
+def decide(
+    state: TrainState,
+    section: TrainSection,
+    gradients: Gradients,
+    examples: Examples,
+    first: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Put the tokens of a pass into the run's state, once; a run that goes on keeps them, unless the recipe changed."""
+    asked = section.tokens_per_pass
+    if asked == "auto":
+        if first:
+            state.asked = "auto"
+            state.tokens_per_pass, line = measure(gradients, examples)
+            say(line)
+    elif asked != state.asked:  # else memory may have run out meanwhile: what was decided holds
+        if not first:
+            then = "differ (train.base_dropout)" if section.base_dropout else "be equal only to rounding"
+            say(f"resume: train.tokens_per_pass is {asked:,} now: numbers will {then}")
+        state.asked = state.tokens_per_pass = asked
+        for line in longer(asked, examples):
+            say(line)
 
 
 def measure(gradients: Gradients, examples: Examples) -> tuple[int, str]:

@@ -41,6 +41,8 @@ class TrainState:
     tokens_per_pass: int  # decided once: other cuts after a resume would round otherwise
     asked: int | Literal["auto"] | None = None  # by the recipe, when that was decided
     route: Route = "engine"  # decided once, by the proof
+    own_layers: bool = True  # likewise: are no layers fused, because they would differ?
+    engine: dict[str, bool] | None = None  # what the recipe asked for, when that was decided
     fp16: bool = False  # is anything computed in it?
     scale: float = 1.0  # of the loss: 1 but for fp16
     steady: int = 0  # steps in a row at that scale

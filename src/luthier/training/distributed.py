@@ -54,10 +54,11 @@ class World:
         sums: list[float] = self._table(values).sum(0).tolist()
         return sums
 
-    def agree(self, supervised: int, passes: int, stop: int | None) -> tuple[int, int, int | None]:
-        """Of a step: the supervised tokens of all processes, the most passes of any, the signal that stopped any."""
-        tokens, counts, stops = self._table([supervised, passes, stop or 0]).T
-        return int(tokens.sum()), int(counts.max()), int(stops.max()) or None
+    def agree(self, supervised: int, computed: int, passes: int, stop: int | None) -> tuple[int, int, int, int | None]:
+        """Of a step: the supervised and the computed tokens of all processes, the most passes of any, the signal that
+        stopped any."""
+        tokens, all_, counts, stops = self._table([supervised, computed, passes, stop or 0]).T
+        return int(tokens.sum()), int(all_.sum()), int(counts.max()), int(stops.max()) or None
 
     def _table(self, values: Sequence[float]) -> Tensor:
         """What each process brought: float64 [size, values], on the CPU: a GPU at work is not waited for."""

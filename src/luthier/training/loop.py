@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,14 +15,13 @@ from torch import nn
 
 from luthier.data.batches import Order, total_steps
 from luthier.engine import dropout
-from luthier.engine.attention import CannotPackError
-from luthier.engine.forward import adopt
 from luthier.engine.memory import is_full
+from luthier.engine.rungs import rungs, without_layers
 from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
-from luthier.sections import TrainSection
-from luthier.training import checkpoint
-from luthier.training.budget import longer, measure
+from luthier.sections import EngineSection, TrainSection
+from luthier.training import checkpoint, start
+from luthier.training.budget import decide
 from luthier.training.checkpoint import TrainState
 from luthier.training.distributed import World, lost
 from luthier.training.gradients import Gradient, Gradients, smaller
@@ -33,7 +33,6 @@ from luthier.training.preflight import Preflight
 from luthier.training.room import check_room, moments
 from luthier.training.scale import doubled, halved, unscale
 from luthier.training.scale import first as first_scale
-from luthier.training.start import autocast_dtype, base_dropout, choose_route, computes_in_fp16, recompute_activations
 from luthier.words import duration
 
 if TYPE_CHECKING:
@@ -62,26 +61,30 @@ def train(
     resume: Path | None = None,
     proof: bool = True,
     ask: Ask | None = None,
+    engine: EngineSection = EngineSection(),  # noqa: B008 - it is frozen
 ) -> Outcome:
     """Train those parameters of `model` that require a gradient; leave the best, or last, in the run folder.
 
     `kind` is the method's; `write` puts the adapter or model into the folder that it is given; `world` is the
     processes that train together, of which the first writes; `resume` is a checkpoint; without `proof` only the loss
     of two rows is compared before step 1; `ask` gives the model's replies to the recipe's prompts, as samples.jsonl
-    has them, of so many tokens at most (None: of the recipe's).
+    has them, of so many tokens at most (None: of the recipe's); `engine` is how a step is computed.
     Errors: RecipeError where precision or rates cannot be; RunError where the run had to stop (guard.py).
     """
     with (
-        base_dropout(model, section, write, say) as write,
+        start.base_dropout(model, section, write, say) as write,
         monitor.told(),
         lost(),
         clear_when_full(folder.checkpoints),
         stoppable() as stop,
         dropout.keyed(model, section.seed) as dropping,
+        ExitStack() as held,
     ):
         monitor.pulse.stop = lambda: stop.signal
-        training = Training(model, data, order, section, kind, folder, pad_id, write, monitor, say, world, resume, ask)
-        training.settle(resume is None, dropping, proof)
+        training = Training(
+            model, data, order, section, engine, kind, folder, pad_id, write, monitor, say, world, resume, ask
+        )
+        training.settle(resume is None, dropping, proof, held)
         state, held_out = training.state, data.eval
         stopped = stop.signal if world.size == 1 else None
         if state.step == 0 and stopped is None:
@@ -116,6 +119,7 @@ class Training:
         data: Data,
         order: Order,
         section: TrainSection,
+        engine: EngineSection,
         kind: str,
         folder: RunFolder,
         pad_id: int,
@@ -128,7 +132,12 @@ class Training:
     ) -> None:
         self.model, self.data, self.order, self.section, self.world = model, data, order, section, world
         self.folder, self.pad_id, self.write, self.monitor, self.say = folder, pad_id, write, monitor, say
-        self.ask, self.kind, self.best = ask, kind, folder.model if kind == "full" else folder.adapter
+        self.ask, self.kind, self.engine, self.best = (
+            ask,
+            kind,
+            engine,
+            folder.model if kind == "full" else folder.adapter,
+        )
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)
         self.warmup = warmup_steps(section, self.steps)
@@ -146,18 +155,25 @@ class Training:
         self.evals = [(line["step"], line["eval_loss"]) for line in lines if line["eval_loss"] is not None]
         self.began = time.monotonic() - self.state.seconds
         if section.activation_checkpointing:
-            recompute_activations(model)
+            start.recompute_activations(model)
         model.train()
 
-    def settle(self, first: bool, dropping: bool, proof: bool) -> None:
-        """Decide on what is decided once: the path through the engine, and how much goes through it at once."""
+    def settle(self, first: bool, dropping: bool, proof: bool, held: ExitStack) -> None:
+        """Decide on what is decided once: the path through the engine, and how much goes through it at once.
+
+        What it does to the model's layers is undone with `held`.
+        """
         state, section, examples = self.state, self.section, self.data.train
-        autocast = autocast_dtype(self.model, section)
-        fp16 = computes_in_fp16(self.model, autocast)
+        autocast = start.autocast_dtype(self.model, section)
+        fp16 = start.computes_in_fp16(self.model, autocast)
         if first or fp16 != state.fp16:  # a run may go on on another device
             state.fp16, state.scale, state.steady = fp16, first_scale(fp16), 0
-        if first:
-            state.route = choose_route(
+        asked = self.engine.model_dump()
+        if state.engine != asked:
+            if not first:
+                self.say("resume: engine is not what it was: proven anew, and numbers will be equal only to rounding")
+            state.engine = asked
+            state.route, state.own_layers = start.choose_route(
                 self.model,
                 examples,
                 self.order,
@@ -169,39 +185,22 @@ class Training:
                 dropping=dropping,
                 scale=state.scale,
                 proof=proof,
+                engine=self.engine,
                 say=self.say,
             )
         elif state.route != "plain":
-            try:
-                adopt(self.model)
-            except CannotPackError as error:
-                raise RunError(
-                    f"resume: {error}, which it had not when this run began; is it another version?"
-                ) from None
-        self.gradients = Gradients(
-            self.model,
-            state.route,
-            self.world,
-            section.seed if dropping else None,
-            pad_id=self.pad_id,
-            autocast=autocast,
-            beat=self.monitor.beat,
-        )
-        if section.tokens_per_pass == "auto":
-            if first:
-                state.asked = "auto"
-                state.tokens_per_pass, line = measure(self.gradients, examples)
-                self.say(line)
-        elif section.tokens_per_pass != state.asked:  # else memory may have run out meanwhile: what was decided holds
-            if not first:
-                now = section.tokens_per_pass
-                then = "differ (train.base_dropout)" if section.base_dropout else "be equal only to rounding"
-                self.say(f"resume: train.tokens_per_pass is {now:,} now: numbers will {then}")
-            state.asked = state.tokens_per_pass = section.tokens_per_pass
-            for line in longer(section.tokens_per_pass, examples):
-                self.say(line)
+            start.adopt_again(self.model)
+        engine = without_layers(self.engine) if state.own_layers else self.engine
+        for line in held.enter_context(rungs(self.model, engine, self.say)):
+            self.say(line)
+        settings: dict[str, Any] = {"pad_id": self.pad_id, "autocast": autocast, "beat": self.monitor.beat}
+        seed = section.seed if dropping else None
+        self.gradients = Gradients(self.model, state.route, self.world, seed, **settings, engine=engine)
+        decide(state, section, self.gradients, examples, first, self.say)
         if state.step < self.steps:
             self.preflight()
+            for line in self.gradients.saved(examples, self.order.rows(state.step), state.tokens_per_pass):
+                self.say(line)
 
     def preflight(self) -> None:
         """Is there room, in memory and on the disk, for all that comes?"""
@@ -247,7 +246,7 @@ class Training:
         tokens = int(examples.lengths[rows].sum())
         state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, time.monotonic() - self.began
         seconds = time.monotonic() - began
-        facts = Facts(value, lr, size, tokens, found.supervised, len(rows), found.passes, seconds)
+        facts = Facts(value, lr, size, tokens, found.computed, found.supervised, len(rows), found.passes, seconds)
         self.losses.append(value)
         self.monitor.show_step(state.step, facts)
         self.movement.check(state.step)
@@ -277,9 +276,11 @@ class Training:
     def gradient(self, rows: np.ndarray, stop: int | None) -> Gradient:
         """The step's gradient. Where memory has no room for its passes, the same in smaller ones, for good."""
         state, examples = self.state, self.data.train
+        then = self.order.rows(state.step + 1) if state.step + 1 < self.steps else None
         while True:
             try:
-                return self.gradients.of_step(examples, rows, state.step, state.tokens_per_pass, stop, state.scale)
+                course = (examples, rows, state.step, state.tokens_per_pass, stop, state.scale)
+                return self.gradients.of_step(*course, then)
             except RuntimeError as error:
                 half = smaller(examples.lengths[rows], state.tokens_per_pass)
                 if not is_full(error) or half is None or self.world.size > 1:

@@ -27,12 +27,14 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Facts:
-    """One optimizer step. loss: mean over its supervised tokens; tokens: without padding; seconds: the step alone."""
+    """One optimizer step. loss: mean over its supervised tokens; tokens: of its rows, without padding; computed: those
+    that went through the model, fewer where rows share beginnings, more with padding; seconds: the step alone."""
 
     loss: float
     lr: float
     grad_norm: float
     tokens: int
+    computed: int
     supervised: int
     rows: int
     passes: int
@@ -123,6 +125,7 @@ class Monitor:
             "lr": facts and facts.lr,
             "grad_norm": facts and facts.grad_norm,
             "tokens": facts and facts.tokens,
+            "computed": facts and facts.computed,
             "supervised": facts and facts.supervised,
             "rows": facts and facts.rows,
             "passes": facts and facts.passes,

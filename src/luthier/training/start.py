@@ -12,12 +12,14 @@ import torch
 
 from luthier.data.batches import Order
 from luthier.engine import dropout
+from luthier.engine.attention import CannotPackError
 from luthier.engine.forward import Route, adopt, base_of
 from luthier.engine.proof import prove, rows_to_prove
+from luthier.engine.rungs import has_layers
 from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, write_json
 from luthier.models.weights import DTYPES, name_of
-from luthier.sections import TrainSection
+from luthier.sections import EngineSection, TrainSection
 from luthier.training.distributed import World
 
 if TYPE_CHECKING:
@@ -69,11 +71,16 @@ def choose_route(
     dropping: bool,
     scale: float,
     proof: bool,
+    engine: EngineSection,
     say: Say,
-) -> Route:
-    """The route of this run, proven on its own rows (by the first process for all) and written to proof.json."""
+) -> tuple[Route, bool]:
+    """The route of this run, proven on its own rows (by the first process for all) and written to proof.json; and
+    whether its layers are the model's own, which they are where others differ."""
     route: Route = "plain"
+    own_layers = not has_layers(engine)
     if world.leads:
+        if engine.compile:
+            say("engine.compile: the proof compiles the layers, which takes a minute or several")
         steps = range(min(order.steps_per_epoch, -(-DRAWN // order.batch)))
         drawn = np.concatenate([order.rows(step) for step in steps])
         tokens = int(SHARE * examples.lengths[drawn].sum() / len(steps))
@@ -89,18 +96,27 @@ def choose_route(
             seed=section.seed if dropping and not section.base_dropout else None,
             gradients=proof,
             scale=scale,
+            engine=engine,
         )
         model.train()
         write_json(folder.proof, found.record)
         for line in found.lines:
             say(line)
-        route = found.route
+        route, own_layers = found.route, not has_layers(found.engine)
         if world.size > 1 and (dead := found.record["without_gradient"]):
             raise RunError(f"no gradient reaches {dead[0]} ({len(dead)} tensors): are they used in the forward pass?")
-    route = world.share(route)
+    route, own_layers = world.share((route, own_layers))
     if route != "plain":
         adopt(model)
-    return route
+    return route, own_layers
+
+
+def adopt_again(model: Any) -> None:
+    """Let the model's attention take a Layout, as when the run began. Errors: RunError where it no longer can."""
+    try:
+        adopt(model)
+    except CannotPackError as error:
+        raise RunError(f"resume: {error}, which it had not when this run began; is it another version?") from None
 
 
 def autocast_dtype(model: Any, section: TrainSection) -> torch.dtype | None:
