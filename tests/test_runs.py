@@ -157,10 +157,11 @@ def test_a_long_name_gives_way_and_is_whole() -> None:
 
 
 def test_json_lines() -> None:
-    folder = run("a", "running", left=130.0)
-    run("b", "failed", time=NOW - 50, message="no room", lines=[])
+    now = time.time()  # not NOW: an old sign of life reads as a step that hangs
+    folder = run("a", "running", left=130.0, time=now, progress=now)
+    run("b", "failed", time=now - 50, message="no room", lines=[])
     first, second = map(json.loads, well(Path.cwd(), "runs", "--json").splitlines())
-    then = facts(runs.glance(folder, NOW + 7))
+    then = facts(runs.glance(folder, now + 7))
     assert (then["left"], then["age"]) == (123.0, 7.0)
     assert {"left", "age"} <= set(first) and first.pop("left") is not None and first.pop("age") is not None
     assert first == {

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, Llam
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-from luthier.engine import layers
+from luthier.engine import dropout, layers
 from luthier.engine.layers import fused_layers
 from luthier.models.yuan2 import YuanMLP
 from rows import VOCABULARY, lora, tiny
@@ -39,7 +39,7 @@ IDS = torch.randint(3, VOCABULARY, (3, 17), generator=torch.Generator().manual_s
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Five rows of 32 columns: the last piece of 51 rows is smaller."""
-    monkeypatch.setattr(layers, "PIECE", 5 * 32)
+    monkeypatch.setattr(dropout, "PIECE", 5 * 32)
 
 
 def results(model):

@@ -55,6 +55,7 @@ def test_before_it_trains_a_signal_ends_all_in_silence(here: Path, moment: float
     assert process.returncode in (128 + number, -number) and errors == ""
 
 
+@pytest.mark.full
 def test_sighup_stops_after_the_step(here: Path) -> None:
     process = started(here, "train", "town.yaml", "run=hung_up")
     until_step(process)
@@ -86,6 +87,7 @@ def test_a_closed_terminal_stops_it_as_well(here: Path, devices: str) -> None:
     assert (here / "runs" / name / "checkpoints" / f"step-{status['step']:06d}").is_dir()
 
 
+@pytest.mark.full
 def test_under_nohup_a_closed_terminal_stops_nothing(here: Path) -> None:
     process = started(here, "train", "town.yaml", "train.steps=40", "run=nohup",
                       preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # fmt: skip
@@ -95,6 +97,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(here: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.full
 def test_a_process_that_the_system_kills(here: Path) -> None:
     """One line that says what there is, and the reason in status.json is not gloo's."""
     process = started(here, "train", "town.yaml", TWO, "run=killed", "train.save_every=3")

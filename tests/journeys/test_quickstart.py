@@ -52,6 +52,7 @@ def test_the_screen_tells_the_whole_journey(journey: Path) -> None:
     assert [line.split()[:2] for line in after] == [["luthier", verb] for verb in ("generate", "chat", "train")]
 
 
+@pytest.mark.full
 def test_the_commands_that_it_names_work(journey: Path) -> None:
     command = (journey / "screen.txt").read_text(encoding="utf-8").split("Next, try:\n")[1].splitlines()[0]
     prompt = command.split('"')[1]

@@ -37,6 +37,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_two_processes_are_one(two: Path) -> None:
     """Dropout 0.1, an epoch end, a last batch of fewer rows."""
     said = (two / "train.txt").read_text()
@@ -106,6 +107,7 @@ def test_a_mistake_is_told_once(two: Path) -> None:
     assert done.returncode == 2 and "train.devices" in done.stderr and "mixes the CPU with GPUs" in done.stderr
 
 
+@pytest.mark.full
 def test_the_launcher_killed_leaves_no_process_behind(two: Path, tmp_path: Path) -> None:
     begin(tmp_path, train={"steps": 4000})
     with started(tmp_path, "train", "town.yaml", TWO) as process:

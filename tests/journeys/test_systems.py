@@ -54,7 +54,7 @@ def lines(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-LONG = {"S3", "S5"}  # their traps are tested below all the same
+LONG = {"S1", "S2", "S3", "S5", "S6", "S7"}  # their traps are tested below all the same
 
 
 @pytest.mark.parametrize("things", ["stand-ins", pytest.param("real", marks=pytest.mark.full)])
@@ -167,6 +167,7 @@ def system(name: str) -> System:
     return next(each for each in SYSTEMS if each.name == name)
 
 
+@pytest.mark.full
 def test_s1_contradictory_generation_settings_are_repaired(shell: Shell) -> None:
     """transformers refuses to save temperature and top_p without sampling, after all the work is done."""
     changes = [*system("S1").begin(shell.folder, None)[0], "model.quantize=none", "generate.quantize=null"]

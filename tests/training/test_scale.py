@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from luthier.sections import TrainSection
-from luthier.training import loop, scale
+from luthier.training import scale, start
 from luthier.training.start import computes_in_fp16
 from rows import fit, lora, random_rows, tiny, trained
 
@@ -43,7 +43,7 @@ def test_the_scale_doubles_after_two_thousand_steps_and_has_a_bound():
 
 def overflowing(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, largest: float) -> list[int]:
     """Let the run scale its loss, and gradients beyond `largest` be infinite; what each backward pass comes to."""
-    monkeypatch.setattr(loop, "computes_in_fp16", lambda model, autocast: True)
+    monkeypatch.setattr(start, "computes_in_fp16", lambda model, autocast: True)
     overflows: list[int] = []
 
     def plant(gradient: torch.Tensor) -> torch.Tensor:
