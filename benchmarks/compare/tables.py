@@ -131,17 +131,20 @@ def against(result: dict[str, Any]) -> list[str]:
 def remarks(result: dict[str, Any]) -> list[str]:
     """Who is missing and why, and what the peers said of themselves."""
     said = [f"{name}: skipped, {why}" for name, why in result["skipped"].items()]
+    fewer: dict[int, list[str]] = {}  # by how many turns there was time for
     for one in result["contestants"]:
         turns = result["turns"].get(one["name"], [])
         failed = [turn["failed"] for turn in turns if "failed" in turn]
         said += [f"{one['name']}: {len(failed)} of {len(turns)} turns failed, {failed[0]}"] if failed else []
         if 0 < len(turns) < len(result["gemm"]) and not failed:
-            said.append(f"{one['name']}: {len(turns)} of {len(result['gemm'])} turns, as there was no time for more")
+            fewer.setdefault(len(turns), []).append(one["name"])
         good = next((turn for turn in turns if "failed" not in turn), None)
         if good and good.get("weights", ["bfloat16"]) != ["bfloat16"]:
             said.append(f"{one['name']}: {', '.join(good['weights'])} weights")
         if good and good.get("packing") is False:
             said.append(f"{one['name']}: asked to pack, it did not")
+    for count, names in sorted(fewer.items()):
+        said.append(f"{count} of {len(result['gemm'])} turns, as there was no time for more: {', '.join(names)}")
     return said
 
 

@@ -89,9 +89,7 @@ class SummedLoss(nn.Module):
         if self.route == "engine":
             hidden = base.get_decoder()(**inputs(pass_)).last_hidden_state  # [B, L, D]
             chosen = hidden.flatten(0, 1).index_select(0, pass_.supervised)
-            return summed_cross_entropy(
-                chosen, pass_.targets, head, keys, *([] if pass_.weights is None else [pass_.weights])
-            )
+            return summed_cross_entropy(chosen, pass_.targets, head, keys, pass_.weights)
         losses = F.cross_entropy(own_logits(base, head, pass_).float(), pass_.targets, reduction="none")
         return (losses if pass_.weights is None else losses * pass_.weights).sum()
 

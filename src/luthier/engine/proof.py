@@ -18,11 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.engine.attention import CannotPackError
-from luthier.engine.forward import (
-    Route,
-    adopt,
-    base_of,
-)
+from luthier.engine.forward import Route, adopt, base_of
 from luthier.engine.memory import free_memory, is_full
 from luthier.engine.reference import Bench
 from luthier.engine.rungs import has_layers, rungs, without_layers
@@ -59,8 +55,6 @@ SAID = 120
 """Characters of another's error message that are repeated."""
 STIRRED = 0.02
 """Standard deviation of what stands in for matrices of zeros (every B) meanwhile: else A would have no gradient."""
-
-
 UNUSED: dict[Route, set[str]] = {
     "engine": set(),
     "own_logits": {"chunked_loss", "shared_prefixes"},
@@ -107,8 +101,7 @@ def prove(
 ) -> Proof:
     """Choose the first route that equals the reference, and leave the model's attention ready for it.
 
-    `engine`: what may be taken; with the model's own layers where it differs with others.
-
+    `engine`: what may be taken; the model's own layers are, where others differ.
     The loss of two rows is compared always; loss and gradients of `rows` unless `gradients` is false or it would take
     more than a minute. `scale`: of the loss, for fp16. `seed`: of the dropout, None for none. Weights and gradients are
     left as they were.
