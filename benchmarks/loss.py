@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from luthier.engine import loss
+from luthier.engine import frozen_head, loss
 from luthier.engine.loss import Head, summed_cross_entropy
 
 PLACES, WORDS, WIDTH = 2_000, 151_936, 512
@@ -70,7 +70,7 @@ def measure(way: Way) -> tuple[float, float]:
 def summed(hidden: torch.Tensor, targets: torch.Tensor, module: nn.Linear, way: Way) -> torch.Tensor:
     if way.chunk is None:
         return F.cross_entropy(module(hidden).float(), targets, reduction="sum")
-    loss.CHUNK["cpu"] = way.chunk * WORDS
+    loss.CHUNK["cpu"] = frozen_head.LOGITS["cpu"] = way.chunk * WORDS
     return summed_cross_entropy(hidden, targets, Head(module))
 
 

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from luthier.data.pack import Pass, pack
 from luthier.engine.forward import adopt
+from luthier.engine.rungs import rungs
 from luthier.models.adapters import attach
 from luthier.plan import Bare, _Assumed, memory
-from luthier.sections import DataSection, MethodSection, ModelSection, Recipe, TrainSection
+from luthier.sections import DataSection, EngineSection, MethodSection, ModelSection, Recipe, TrainSection
 from luthier.training.distributed import World
 from luthier.training.gradients import Gradients
 from luthier.training.optim import make_optimizer, set_lr
@@ -97,11 +98,12 @@ def measured(folder: Path, part: Pass, section: TrainSection) -> float:
     optimizer = make_optimizer(parameters, section)
     world = World.alone(torch.device("cpu"))
     gradients = Gradients(model.train(), "engine", world, None, pad_id=0, autocast=None, beat=lambda: None)
-    for step in range(STEPS):
-        torch.autograd.backward(gradients.loss(part, step) / part.ids.size)
-        set_lr(optimizer, 1e-4)
-        optimizer.step()
-        optimizer.zero_grad()
+    with rungs(model, EngineSection()):
+        for step in range(STEPS):
+            torch.autograd.backward(gradients.loss(part, step) / part.ids.size)
+            set_lr(optimizer, 1e-4)
+            optimizer.step()
+            optimizer.zero_grad()
     return status("VmHWM") - before
 
 

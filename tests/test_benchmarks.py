@@ -73,9 +73,21 @@ def test_the_common_beginning_leaves_every_row_a_token(rows: list[list[int]], le
 def test_the_ladder_adds_one_rung_at_a_time() -> None:
     off = [[o for o in line.job["overrides"] if o.startswith("engine.")] for line in contestants.ladder(full=True)]
     assert off[0] == [f"engine.{rung}=false" for rung in contestants.RUNGS]
-    for before, after in zip(off[:7], off[1:8], strict=True):
+    count = len(contestants.RUNGS)
+    for before, after in zip(off[:count], off[1 : count + 1], strict=True):
         assert before[1:] == after
-    assert off[7] == off[8] == [] and off[9] == ["engine.compile=true"]
+    assert off[count] == off[count + 1] == [] and off[count + 2] == ["engine.compile=true"]
+
+
+def test_in_a_short_run_the_fastest_of_each_group_take_turns() -> None:
+    everyone = contestants.contestants(full=False, slow=True)
+    here = bench.usual(everyone, cells.USUAL[1])
+    assert bench.usual(everyone, cells.USUAL[0]) == everyone
+    assert [one.name for one in here if one.rung] == ["Luthier, every rung off", "Luthier + prefetch"]
+    turns: dict[str, list[dict[str, Any]]] = {one.name: [] for one in everyone}
+    turns |= {"TRL padded": [{"seconds": [9.0]}], "TRL packed": [{"seconds": [8.0]}, {"failed": "status 1"}]}
+    turns |= {"Unsloth": [{"seconds": [1.0, 5.0]}], "LLaMA-Factory": [{"failed": "status 1"}]}
+    assert bench.fastest(everyone, turns) == {"TRL packed", "Unsloth", "Luthier + prefetch"}
 
 
 def test_tables_have_medians_ratios_and_who_is_missing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -27,6 +28,7 @@ import tables
 import torch
 from contestants import Contestant, contestants, turn
 from prepare import prepared
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -40,9 +42,10 @@ REPETITIONS = 3
 TIMEOUT = 600.0
 """Seconds after which a turn is ended, and its contestant takes no further one in this cell."""
 CELL = 480.0
-"""Seconds for a cell's turns where not all cells are measured. Everyone has one; the slowest have no more than fit."""
-SHOWN = [0, 1, 2, 3, 5, 7]
-"""The columns of the page's table that a screen has room for."""
+"""Seconds for a cell's turns where not all cells are measured. Everyone has one; then the fastest of each group take
+turns, the slowest of them no more than fit."""
+SHOWN = [0, 1, 2, 3, 5]
+"""The columns of the page's table that a screen has room for, without how far a step's seconds spread."""
 console = Console(highlight=False)
 
 
@@ -72,7 +75,7 @@ def main() -> None:
     say(f"{len(chosen)} cells, {len(here)} contestants, {options.repetitions} turns each")
     results = []
     for cell in chosen:
-        results.append(measured(cell, here, data, tokenizer, options, skipped))
+        results.append(measured(cell, here if options.full else usual(here, cell), data, tokenizer, options, skipped))
         show(results[-1])
         options.results.mkdir(exist_ok=True)
         text = json.dumps(results[-1], ensure_ascii=False, indent=1)
@@ -131,7 +134,9 @@ def measured(
         rates.append(gemm.rate(shape, tokens, taught))
         say(f"turn {repetition} of {options.repetitions}; matrices {rates[-1] / 1e9:.0f} GFLOP/s")
         left = math.inf if options.full else options.seconds - (time.monotonic() - start)
-        within = affordable(taken, options.repetitions - repetition + 1, left)
+        again = set(taken) if options.full else fastest(everyone, turns)
+        due = {name: seconds for name, seconds in taken.items() if name in again}
+        within = affordable(due, options.repetitions - repetition + 1, left)
         for one in everyone:
             if repetition > 1 and one.name not in within:
                 continue
@@ -162,6 +167,24 @@ def rows_of(cell: cells.Cell, full: bool) -> int:
     """Rows a step: where time is short, fewer."""
     rows = cells.DATA[cell.data].rows[cell.shape]
     return rows if full else cells.FEWER.get(cell.name, rows)
+
+
+def usual(everyone: list[Contestant], cell: cells.Cell) -> list[Contestant]:
+    """Who takes part where time is short: each rung of the ladder by itself only in the first of the cells."""
+    rungs = [one for one in everyone if one.rung]
+    between = [] if cell == cells.USUAL[0] else rungs[1:-1]
+    return [one for one in everyone if one not in between]
+
+
+def fastest(everyone: list[Contestant], turns: dict[str, list[dict[str, Any]]]) -> set[str]:
+    """Names of the fastest of each group so far; of Luthier's lines the whole ladder's."""
+    found: dict[str, tuple[float, str]] = {}
+    for one in everyone:
+        seconds = [second for turn in turns[one.name] for second in turn.get("seconds", [])[one.excluded :]]
+        if seconds and one.group != tables.OURS:
+            found[one.group] = min(found.get(one.group, (math.inf, "")), (statistics.median(seconds), one.name))
+    ours = [one.name for one in everyone if one.rung]
+    return {name for _, name in found.values()} | set(ours[-1:])
 
 
 def affordable(taken: dict[str, float], repetitions: int, left: float) -> set[str]:
@@ -207,13 +230,14 @@ def machine(threads: int) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """On the screen, without some of the columns that the page has."""
     headings, rows = tables.table(result)
-    shown = Table(title=result["title"])
+    shown = Table(title=result["title"], box=SIMPLE, pad_edge=False)
     for number in SHOWN:
-        shown.add_column(headings[number], justify="right" if number else "left", no_wrap=not number)
+        shown.add_column(headings[number], justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        shown.add_row(*[row[number] for number in SHOWN])
+        shown.add_row(*[row[number].partition(" (")[0] for number in SHOWN])
     say(shown)
-    for line in [*tables.against(result), *tables.remarks(result)]:
+    prepared = ", ".join(f"{name} {rate:,.0f}" for name, rate in result["preparation"].items() if rate)
+    for line in [f"rows/s prepared: {prepared}", *tables.against(result), *tables.remarks(result)]:
         say(f"- {line}")
 
 

@@ -20,6 +20,7 @@ RUNGS = [
     "chunked_loss",
     "fused_lora",
     "fused_layers",
+    "fp32_products",
     "fast_attention",
     "shared_prefixes",
     "prefetch",
@@ -83,7 +84,7 @@ def contestants(full: bool, slow: bool) -> list[Contestant]:
 def ladder(full: bool) -> list[Contestant]:
     """Luthier plain, and with each rung added to those before it; at last what is off by default."""
 
-    def line(name: str, on: int, rung: str | None, *more: str, steps: int = 3, excluded: int = 1) -> Contestant:
+    def line(name: str, on: int, rung: str | None, *more: str, steps: int = 2, excluded: int = 1) -> Contestant:
         off = [f"engine.{key}=false" for key in RUNGS[on:]]
         job = {"overrides": [f"train.tokens_per_pass={TOKENS_PER_PASS}", *off, *more]}
         return Contestant(name, "Luthier", "with_luthier", steps=steps, excluded=excluded, rung=rung, job=job)

@@ -144,7 +144,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
         if good and good.get("packing") is False:
             said.append(f"{one['name']}: asked to pack, it did not")
     for count, names in sorted(fewer.items()):
-        said.append(f"{count} of {len(result['gemm'])} turns, as there was no time for more: {', '.join(names)}")
+        said.append(f"{count} of {len(result['gemm'])} turns: {', '.join(names)}")
     return said
 
 
@@ -160,7 +160,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         parts.append(
             f"{result['rows']} rows a step, {tokens:,} tokens, {taught:,} of them taught; all rows begin with the same "
             f"{result['common_prefix']} tokens. {machine['cpu']}, {machine['threads']} threads, {machine['date']}; "
-            f"bf16 matrix rate over these shapes, between the turns: {rate}."
+            f"matrix rate over these shapes, between the turns: {rate}."
         )
         body = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in body))

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from luthier.data.pack import Pass
-from luthier.engine import dropout, loss
+from luthier.engine import dropout, frozen_head, loss
 from luthier.engine.forward import DevicePass, Route, SummedLoss, base_of, on_device
 from luthier.engine.rungs import rungs, without_layers
 from luthier.errors import ModelError
@@ -108,6 +108,7 @@ def rehearse(
     model.train()
     given = _faked(on_device(part, torch.device("cpu"), seed, fast_attention=engine.fast_attention), mode)
     layers = without_layers(engine) if route == "plain" else engine
+    layers = layers.model_copy(update={"fp32_products": layers.fp32_products and device == "cpu"})
     with (
         rungs(model, layers),
         mode,
@@ -225,12 +226,13 @@ def _faked(given: DevicePass, mode: FakeTensorMode) -> DevicePass:
 @contextmanager
 def _pieces_of(device: str) -> Iterator[None]:
     """The loss in the chunks of that device, though the tensors claim to be on the CPU; masks in pieces as in PIECE."""
-    before = loss.CHUNK["cpu"], dropout.PIECE
-    loss.CHUNK["cpu"], dropout.PIECE = loss.CHUNK[device], PIECE[device]
+    before = loss.CHUNK["cpu"], frozen_head.LOGITS["cpu"], dropout.PIECE
+    loss.CHUNK["cpu"], frozen_head.LOGITS["cpu"] = loss.CHUNK[device], frozen_head.LOGITS[device]
+    dropout.PIECE = PIECE[device]
     try:
         yield
     finally:
-        loss.CHUNK["cpu"], dropout.PIECE = before
+        loss.CHUNK["cpu"], frozen_head.LOGITS["cpu"], dropout.PIECE = before
 
 
 def _tables(model: nn.Module) -> list[Tensor]:

@@ -252,6 +252,8 @@ class EngineSection(Section):
     """LoRA layers that read the same input do it together, with a backward by hand; false: PEFT's own layers."""
     fused_layers: bool = True
     """Norms and gated feed-forwards that keep less and go less often over memory; false: transformers' own."""
+    fp32_products: bool = True
+    """Frozen 16-bit layers multiply in fp32 on a CPU that does so faster (x86 without AMX); false: in 16 bits."""
     fast_attention: bool = True
     """Rows of like lengths in one call (a GPU: one kernel for a whole pass); false: a call of SDPA a row."""
     shared_prefixes: bool = True

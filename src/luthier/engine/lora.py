@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from luthier.engine import products
 from luthier.engine.dropout import KeyedDropout, times_windows
 
 FOUND: WeakKeyDictionary[nn.Module, list[list[str]]] = WeakKeyDictionary()
@@ -226,14 +227,19 @@ class _Masks(NamedTuple):
 
 
 class _Fused(torch.autograd.Function):
-    """y of every layer of a group: [..., O] each. Keeps x and x · Aᵀ (of the masked x, where there is dropout)."""
+    """y of every layer of a group: [..., O] each. Keeps x and x · Aᵀ (of the masked x, where there is dropout).
+
+    x, y and their gradients are in the layers' format, the sums in between in that of the products (products.py).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, drops: list[Any] | None, *weights: Tensor) -> tuple[Tensor, ...]:
         bases = [layer.get_base_layer() for layer in group.layers]
         dtype = _arithmetic(bases[0], x)
-        group.cast(dtype)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
+        given = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
+        ctx.format = torch.float32 if products.in_fp32(bases[0], len(given)) else dtype
+        flat = given.to(ctx.format)
+        group.cast(ctx.format)
         a = cast(Tensor, group.a)
         masks = None if drops is None else [_masks(drop, flat) for drop in drops]
         scales = [layer.scaling[group.adapter] for layer in group.layers]
@@ -246,11 +252,10 @@ class _Fused(torch.autograd.Function):
                 kept = [F.linear(flat if mask is None else mask.of(flat), part) for mask, part in parts]
                 scales = [s if mask is None else s * mask.worth for s, mask in zip(scales, masks, strict=True)]
             for base, low, b, scale in zip(bases, kept, group.b, scales, strict=True):
-                bias = None if base.bias is None else base.bias.to(dtype)
-                y = F.linear(flat, _weight(base, dtype), bias).addmm_(low, b.t(), alpha=scale)
+                y = products.forward(flat, _weight(base, dtype), base.bias).addmm_(low, b.t(), alpha=scale)
                 own = x.dtype if _is_quantised(base) and base.luthier_dtype is not None else dtype
                 results.append(y.view(*x.shape[:-1], -1).to(own))
-        ctx.save_for_backward(flat, *kept)
+        ctx.save_for_backward(given, *kept)
         ctx.bases, ctx.a, ctx.b, ctx.masks, ctx.scales, ctx.ranks = bases, a, group.b, masks, scales, group.ranks
         ctx.shape, ctx.given = x.shape, x.dtype
         ctx.formats = [weight.dtype for weight in weights]
@@ -259,22 +264,20 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat, *kept = ctx.saved_tensors
-        dtype, wanted = flat.dtype, ctx.needs_input_grad[0]
+        given, *kept = ctx.saved_tensors
+        flat, wanted = given.to(ctx.format), ctx.needs_input_grad[0]
         back, of_b = [], []
         of_x: Tensor | None = None
         with torch.autocast(flat.device.type, enabled=False):
             for base, gradient, low, b, scale in zip(ctx.bases, gradients, kept, ctx.b, ctx.scales, strict=True):
-                g = gradient.reshape(-1, gradient.shape[-1]).to(dtype)  # [T, O]
+                g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.format)  # [T, O]
                 back.append((g @ b).mul_(scale))  # [T, r]
                 of_b.append((low.t() @ g).t().mul_(scale))  # so, and not g.t() @ low, in half the time
                 if wanted:
-                    weight = _weight(base, dtype)
-                    of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
+                    of_x = products.backward(g, _weight(base, given.dtype), of_x)
             of_a = _of_a(ctx, flat, back, of_x)
-        given = None if of_x is None else of_x.view(ctx.shape).to(ctx.given)
         found = [value.to(dtype) for value, dtype in zip([*of_a, *of_b], ctx.formats, strict=True)]
-        return given, None, None, *found
+        return None if of_x is None else of_x.view(ctx.shape).to(ctx.given), None, None, *found
 
 
 def _of_a(ctx: Any, flat: Tensor, back: list[Tensor], of_x: Tensor | None) -> list[Tensor]:
@@ -294,9 +297,8 @@ def _of_a(ctx: Any, flat: Tensor, back: list[Tensor], of_x: Tensor | None) -> li
 
 def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[O, D]; of a quantised layer made anew, for the forward and again for the backward."""
-    if _is_quantised(base):
-        return base.luthier_weight(dtype)  # type: ignore[no-any-return]
-    return base.weight.to(dtype)  # type: ignore[no-any-return]
+    weight: Tensor = base.luthier_weight(dtype) if _is_quantised(base) else base.weight.to(dtype)
+    return weight
 
 
 def _masks(drop: KeyedDropout | None, x: Tensor) -> _Masks | None:

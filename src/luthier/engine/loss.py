@@ -8,31 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import repeat
 from math import ceil
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from luthier.engine import frozen_head, products
 from luthier.engine.dropout import set_keys
+from luthier.engine.frozen_head import FrozenHead
 
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits at once, by the type of the device: 2 bytes each in bf16 and 4 in fp32; on a GPU, which has no pieces, 6 in
-bf16, and 4 more with a soft cap; about 14 where the head trains.
+"""Logits at once under a head that trains or is adapted, by the type of the device: about 14 bytes each.
 
 cpu: 110 places of a vocabulary of 151,936 words; 128, 256 and 512 take the same time within 4 hundredths, 64 takes 6
-more than 128, and 32 takes 22. None should be smaller: glibc cuts blocks below 32 MiB (2**24 logits in bf16) out of a
-heap, where the little that is kept of a chunk breaks up the room for the next: 128 of 4,000 places × 32,000 under a
-head that trains came to 810 MiB, not 240. cuda: four times as many, so that the weight is read less often; a judgement,
-not measured.
+more than 128, and 32 takes 22. None should be smaller: glibc cuts blocks below 32 MiB out of a heap, where the little
+that is kept of a chunk breaks up the room for the next: 128 of 4,000 places × 32,000 came to 810 MiB, not 240. cuda:
+four times as many, so that the weight is read less often; a judgement, not measured.
 """
-
-IN_CACHE = 1 << 19
-"""Logits of a piece of a chunk on the CPU: 2 MiB in fp32, three places of 151,936 words (one to eight take the same
-time). The softmax of a whole chunk goes through memory ten times and takes three times as long, 0.99 ms a place for
-0.32; the two products of 512 columns take 4.7 (one core)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def summed_cross_entropy(
     words = cast(int, head.module.out_features)
     rows = ceil(CHUNK[hidden.device.type] / words)
     if type(head.module) is nn.Linear and not any(weight.requires_grad for weight in head.module.parameters()):
-        return _of_frozen_head(hidden, targets, weights, head, rows)
+        return frozen_head.summed(hidden, targets, weights, _frozen(hidden, head))
     optional = (repeat(None) if part is None else torch.split(part, rows) for part in (keys, weights))
     # S = 0 is one empty chunk.
     chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), *optional, strict=False)
@@ -102,103 +96,8 @@ def _of_chunk(hidden: Tensor, targets: Tensor, keys: Tensor | None, weights: Ten
     return (losses if weights is None else losses * weights).sum()
 
 
-def _of_frozen_head(hidden: Tensor, targets: Tensor, weights: Tensor | None, head: Head, rows: int) -> Tensor:
+def _frozen(hidden: Tensor, head: Head) -> FrozenHead:
     linear, device = cast(nn.Linear, head.module), hidden.device.type
-    weight: Tensor = linear.weight
-    bias: Tensor | None = linear.bias
-    if torch.is_autocast_enabled(device):  # cast once: autocast caches only weights that train
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    wanted = hidden.requires_grad and torch.is_grad_enabled()
-    frozen = _Frozen(weight, bias, head.scale, head.softcap)
-    return _FrozenHead.apply(hidden, targets, weights, frozen, rows, wanted)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Frozen(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-
-class _FrozenHead(torch.autograd.Function):
-    """The summed loss and, while a chunk's probabilities are there, the gradient of its hidden states: it is all that
-    the backward needs, and S × D is all that is kept. Not to be differentiated twice.
-
-    The memory of one chunk's logits serves them all, and then their gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor | None, head: _Frozen, rows: int, wanted: bool
-    ) -> Tensor:
-        places, words = len(hidden), len(head.weight)
-        losses = torch.empty(places, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wanted else None
-        chunk = hidden.new_empty(min(rows, places), words)
-        few = min(len(chunk), max(1, IN_CACHE // words) if hidden.device.type == "cpu" else rows)
-        spare = [torch.empty(few, words, device=hidden.device) for _ in range(_spares(head, hidden.dtype))]
-        for start in range(0, places, rows):
-            h = hidden[start : start + rows]
-            z = chunk[: len(h)]
-            if head.bias is None:
-                torch.mm(h, head.weight.t(), out=z)
-            else:
-                torch.addmm(head.bias, h, head.weight.t(), out=z)
-            for first in range(0, len(h), few):
-                piece = slice(start + first, min(start + first + few, start + len(h)))
-                weight = None if weights is None else weights[piece]
-                _losses(z[first : first + few], targets[piece], weight, head, losses[piece], spare, wanted)
-            if gradient is not None:
-                torch.mm(z, head.weight, out=gradient[start : start + rows])
-        if wanted:
-            ctx.save_for_backward(gradient)
-        return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None, None, None
-
-
-def _spares(head: _Frozen, dtype: torch.dtype) -> int:
-    """How many times a piece is there in fp32 beside the chunk: where that is not fp32 itself; and for the soft cap."""
-    return (dtype != torch.float32) + (head.softcap is not None)
-
-
-def _losses(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    head: _Frozen,
-    losses: Tensor,
-    spare: list[Tensor],
-    wanted: bool,
-) -> None:
-    """Of one piece, r places: their losses into `losses` [r], and where it is wanted the gradient of what the head
-    gave, `logits` [r, V], into its place. All in fp32, in `spare` [≥ r, V] or where the logits are; no new memory."""
-    buffers = [buffer[: len(logits)] for buffer in spare]
-    z = logits if logits.dtype == torch.float32 else buffers.pop().copy_(logits)
-    targets = targets.unsqueeze(1)
-    if head.scale != 1.0:
-        z.mul_(head.scale)
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_()
-        if wanted:
-            slope = torch.mul(z, z, out=buffers.pop()).neg_().add_(1)
-        z.mul_(head.softcap)
-    z.sub_(z.amax(1, keepdim=True))
-    at_target = z.gather(1, targets)
-    total = z.exp_().sum(1, keepdim=True)
-    each = total.log() - at_target
-    losses.copy_((each if weights is None else each * weights.unsqueeze(1)).squeeze(1))
-    if not wanted:
-        return
-    counted = total.new_full((), head.scale) if weights is None else weights.unsqueeze(1) * head.scale
-    z.mul_(counted / total)
-    z.scatter_(1, targets, z.gather(1, targets) - counted)
-    if head.softcap is not None:
-        z.mul_(slope)
-    if z is not logits:
-        logits.copy_(z)
+    wide = products.in_fp32(linear, len(hidden))
+    own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return FrozenHead(linear, head.scale, head.softcap, torch.float32 if wide else own)

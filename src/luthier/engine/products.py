@@ -1,0 +1,127 @@
+"""Products with frozen 16-bit weights, computed in fp32 where the processor multiplies fp32 faster.
+
+The results are 16-bit as before, and nearer to the truth: what is rounded is rounded once. Weights are widened for one
+product, a part at a time, and never kept.
+
+Shapes: T tokens, D columns in, O columns out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IN_FP32: WeakSet[nn.Module] = WeakSet()
+"""The layers whose products are in fp32 now."""
+
+FEWEST = 128
+"""Tokens of a product from which widening the weight pays: 64 break even, 110 gain 12 %, 220 gain 25 %, 441 gain 50 %
+(896 × 151,936); answers, which come token by token, stay with 16 bits."""
+
+PART = 1 << 22
+"""Numbers of a weight that are widened at once: 16 MiB; a quarter and the double of it take the same time."""
+
+
+@cache
+def faster() -> bool:
+    """Does this processor multiply fp32 faster than bf16? Known by its instructions, so that runs do not differ.
+
+    An x86 without AMX does: Intel's AVX-512 runs bf16 at 138 GFLOP/s and fp32 at 201 (two cores; whole steps:
+    docs/performance.md), and what has no bf16 at all widens every number itself. AMD's AVX-512 has twice the rate
+    in bf16 by its documents, and ARM's bf16 is not measured: they keep 16 bits.
+    """
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    amd = can.get("avx512_bf16") and "AMD" in str(can.get("cpu_name"))
+    return can.get("architecture") == "x86_64" and not can.get("amx_bf16") and not amd
+
+
+@contextmanager
+def fp32_products(model: nn.Module) -> Iterator[bool]:
+    """Inside, frozen linear layers of 16 bits on the CPU multiply in fp32, where that is `faster`. Yields if any do.
+
+    Quantised layers do where their LoRA is fused (lora.py).
+    """
+    layers = [module for module in model.modules() if _is_meant(module)] if faster() else []
+    plain = [layer for layer in layers if "forward" not in vars(layer)]
+    try:
+        IN_FP32.update(layers)
+        for layer in plain:
+            layer.forward = partial(_forward, layer)
+        yield bool(layers)
+    finally:
+        for layer in plain:
+            del layer.forward
+        IN_FP32.difference_update(layers)
+
+
+def in_fp32(layer: nn.Module, tokens: int) -> bool:
+    """Is this layer's product with so many tokens in fp32?"""
+    return tokens >= FEWEST and layer in IN_FP32
+
+
+def _is_meant(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.device.type != "cpu" or any(each.requires_grad for each in module.parameters()):
+        return False
+    quantised = getattr(module, "luthier_dtype", None)  # models/quantize.py: what a quantised layer computes in
+    return quantised == torch.bfloat16 or (type(module) is nn.Linear and weight.dtype == torch.bfloat16)
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    if not in_fp32(layer, x.numel() // x.shape[-1]) or x.dtype != layer.weight.dtype:
+        return F.linear(x, layer.weight, layer.bias)
+    return _Product.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    """x · Wᵀ + b of a layer that does not train: [..., O]. Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        flat = x.reshape(-1, x.shape[-1]).float()
+        return forward(flat, layer.weight, layer.bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+        flat = upstream.reshape(-1, upstream.shape[-1]).float()
+        return backward(flat, ctx.layer.weight).to(upstream.dtype).view(*upstream.shape[:-1], -1), None
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · Wᵀ + b in the format of x: [T, O]. x: [T, D]; weight: [O, D] in any format."""
+    if weight.dtype == x.dtype or weight.numel() <= PART:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = x.new_empty(len(x), len(weight))
+    for part, wide in parts(weight, x.dtype, max(1, PART // weight.shape[1])):
+        torch.mm(x, wide.t(), out=y[:, part])
+    return y if bias is None else y.add_(bias)
+
+
+def backward(g: Tensor, weight: Tensor, beside: Tensor | None = None) -> Tensor:
+    """g · W in the format of g: [T, D]; added to `beside` where that is given. g: [T, O]; weight: [O, D]."""
+    if weight.dtype == g.dtype or weight.numel() <= PART:
+        wide = weight.to(g.dtype)
+        return g @ wide if beside is None else beside.addmm_(g, wide)
+    of_x = g.new_zeros(len(g), weight.shape[1]) if beside is None else beside
+    for part, wide in parts(weight, g.dtype, max(1, PART // weight.shape[1])):
+        of_x.addmm_(g[:, part], wide)
+    return of_x
+
+
+def parts(weight: Tensor, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight, and these rows in `dtype`: where that is another format, gone with the next ones, which take
+    their memory."""
+    room = None if weight.dtype == dtype else weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=dtype)
+    for start in range(0, len(weight), rows):
+        part = slice(start, min(start + rows, len(weight)))
+        yield part, weight[part] if room is None else room[: part.stop - start].copy_(weight[part])
