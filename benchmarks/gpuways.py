@@ -20,7 +20,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-FLAGS = ["packed", "chunked_loss", "fast_attention", "shared_prefixes", "fused_lora", "fused_layers", "prefetch"]
+FLAGS = [
+    "packed",
+    "chunked_loss",
+    "fast_attention",
+    "shared_prefixes",
+    "fused_lora",
+    "fused_layers",
+    "fp32_products",
+    "prefetch",
+]
 LADDER = {"packed": 2, "+ fast attention": 3, "+ shared prefixes": 4, "+ fused LoRA": 5, "+ fused layers": 6}
 """Rungs added one by one: so many of FLAGS are on. (Prefetch, and compile, are the training loop's.)"""
 

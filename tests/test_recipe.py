@@ -286,6 +286,7 @@ engine:
   chunked_loss: true
   fused_lora: true
   fused_layers: true
+  fp32_products: true
   fast_attention: true
   shared_prefixes: true
   prefetch: true
