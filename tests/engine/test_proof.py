@@ -55,6 +55,16 @@ def test_the_engine_equals_the_reference(family):
     assert count == len(trained(lora(tiny(family))))
 
 
+def test_the_record_has_shared_prefixes_where_the_rows_of_the_proof_share_one():
+    """Rows that do not say nothing about it."""
+    model = lora(tiny("llama"))
+    assert "shared_prefixes" not in proven(model).record["rungs"]
+    same = list(range(5, 25))
+    alike = Rows([([*same, *ids], prompt + len(same)) for ids, prompt in ROWS.rows])
+    found = prove(model, alike, FOUR, pad_id=0, device=CPU, autocast=None, seed=None)
+    assert found.route == "engine" and "shared_prefixes" in found.record["rungs"]
+
+
 def test_full_fine_tuning_and_a_head_that_trains_are_proven_too():
     found = proven(tiny("llama", tied=True).requires_grad_(True))
     assert found.route == "engine" and worst(found) < 1e-5 and found.record["gradients"] == 20

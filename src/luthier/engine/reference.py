@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.pack import pack, pad, passes
+from luthier.data.pack import Pass, pack, pad, passes
 from luthier.engine import dropout
 from luthier.engine.forward import DevicePass, SummedLoss, base_of, inputs, on_device, rotary_border
 from luthier.engine.memory import is_full
@@ -82,9 +82,8 @@ class Bench:
 
     def loss(self, way: Way, rows: np.ndarray) -> Tensor:
         """Mean over the supervised tokens of these rows."""
-        shared, border = way == "engine" and self.engine.shared_prefixes, rotary_border(self.model)
         total = torch.zeros((), device=self.device)
-        for part in passes(self.examples, rows, int(self.examples.lengths[rows].sum()), border, shared):
+        for part in self.passes(way, rows):
             given = part if way != "reference" else pad(self.examples, part.rows, self.pad_id)
             on = on_device(given, self.device, self.seed, fast_attention=self.engine.fast_attention)
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -92,6 +91,15 @@ class Bench:
                     reference_loss(self.model, on) if way == "reference" else SummedLoss(self.model, way)(on)
                 )
         return total / int(self.examples.supervised[rows].sum())
+
+    def shares(self, rows: np.ndarray) -> bool:
+        """Is anything of these rows' beginnings computed once for several?"""
+        return any(segment.parent >= 0 for part in self.passes("engine", rows) for segment in part.segments)
+
+    def passes(self, way: Way, rows: np.ndarray) -> list[Pass]:
+        """All of them in one pass, or in two where rotary frequencies differ."""
+        shared = way == "engine" and self.engine.shared_prefixes
+        return passes(self.examples, rows, int(self.examples.lengths[rows].sum()), rotary_border(self.model), shared)
 
     def value(self, way: Way, rows: np.ndarray) -> float:
         with torch.no_grad():

@@ -319,7 +319,7 @@ def _starts(positions: Tensor, mask: Tensor | None, layout: Layout | None) -> Te
     starts = positions == 0
     if layout is not None and layout.segments:
         roots = [segment.start for segment in layout.segments if segment.parent < 0]
-        starts = starts.index_fill(1, torch.tensor(roots).to(starts.device), 1)
+        starts = starts.index_fill(1, _moved(torch.tensor(roots), starts.device), 1)
     if mask is not None and mask.ndim == 2:
         starts = starts | ~F.pad(mask.bool(), (1, 0))[:, -positions.shape[1] - 1 : -1]
     return starts
@@ -333,7 +333,12 @@ def _previous(layout: Layout | None, device: torch.device) -> Tensor | None:
     for start, _, parent in layout.segments:
         if parent >= 0:
             previous[start] = layout.segments[parent].stop - 1
-    return previous.to(device)
+    return _moved(previous, device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """To where the model is; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class YuanForCausalLM(YuanPreTrainedModel, GenerationMixin):  # type: ignore[misc]
