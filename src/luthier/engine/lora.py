@@ -238,7 +238,7 @@ class _Fused(torch.autograd.Function):
         dtype = _arithmetic(bases[0], x)
         given = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
         ctx.format = torch.float32 if products.in_fp32(bases[0], len(given)) else dtype
-        flat = given.to(ctx.format)
+        flat = products.widened("x", given) if ctx.format != dtype else given
         group.cast(ctx.format)
         a = cast(Tensor, group.a)
         masks = None if drops is None else [_masks(drop, flat) for drop in drops]
@@ -254,7 +254,7 @@ class _Fused(torch.autograd.Function):
             for base, low, b, scale in zip(bases, kept, group.b, scales, strict=True):
                 y = products.forward(flat, _weight(base, dtype), base.bias).addmm_(low, b.t(), alpha=scale)
                 own = x.dtype if _is_quantised(base) and base.luthier_dtype is not None else dtype
-                results.append(y.view(*x.shape[:-1], -1).to(own))
+                results.append(y.view(*x.shape[:-1], -1).to(own, copy=ctx.format != dtype))
         ctx.save_for_backward(given, *kept)
         ctx.bases, ctx.a, ctx.b, ctx.masks, ctx.scales, ctx.ranks = bases, a, group.b, masks, scales, group.ranks
         ctx.shape, ctx.given = x.shape, x.dtype
@@ -265,19 +265,21 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         given, *kept = ctx.saved_tensors
-        flat, wanted = given.to(ctx.format), ctx.needs_input_grad[0]
+        wide, wanted = ctx.format != given.dtype, ctx.needs_input_grad[0]
+        flat = products.widened("x", given) if wide else given
         back, of_b = [], []
         of_x: Tensor | None = None
         with torch.autocast(flat.device.type, enabled=False):
             for base, gradient, low, b, scale in zip(ctx.bases, gradients, kept, ctx.b, ctx.scales, strict=True):
-                g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.format)  # [T, O]
+                g = gradient.reshape(-1, gradient.shape[-1]).to(given.dtype)  # [T, O]
+                g = products.widened("g", g) if wide else g
                 back.append((g @ b).mul_(scale))  # [T, r]
                 of_b.append((low.t() @ g).t().mul_(scale))  # so, and not g.t() @ low, in half the time
                 if wanted:
                     of_x = products.backward(g, _weight(base, given.dtype), of_x)
             of_a = _of_a(ctx, flat, back, of_x)
         found = [value.to(dtype) for value, dtype in zip([*of_a, *of_b], ctx.formats, strict=True)]
-        return None if of_x is None else of_x.view(ctx.shape).to(ctx.given), None, None, *found
+        return None if of_x is None else of_x.view(ctx.shape).to(ctx.given, copy=wide), None, None, *found
 
 
 def _of_a(ctx: Any, flat: Tensor, back: list[Tensor], of_x: Tensor | None) -> list[Tensor]:
