@@ -11,9 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from luthier.data.pack import pack
+from luthier.engine.again import Again, again
 from luthier.engine.dropout import keyed
 from luthier.engine.forward import SummedLoss, adopt, on_device
 from luthier.engine.lora import FOUND, fused_lora
+from luthier.engine.rungs import rungs
+from luthier.sections import EngineSection
 from luthier.training.start import recompute_activations
 from rows import lora, random_rows, tiny
 
@@ -209,3 +212,29 @@ def test_rows_of_any_length_and_none_that_is_taught():
     with fused_lora(model):
         SummedLoss(model, "engine")(nothing).backward()
     assert all(not value.grad.any() for value in model.parameters() if value.requires_grad)
+
+
+@pytest.mark.parametrize("seed", [None, 7], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "yuan"])
+def test_what_norms_and_products_give_is_made_again_instead_of_kept(family, seed, monkeypatch):
+    model = lora(tiny(family), init_lora_weights=False, lora_dropout=0.0 if seed is None else 0.2)
+    adopt(model)
+    part, kept, found = on_device(pack(ROWS, range(6)), CPU, seed), [], []
+    for makes in (lambda result: Again(lambda x: x, (result,)), again):
+        monkeypatch.setattr("luthier.engine.lora.again", makes)
+        model.zero_grad()
+        storages = {}
+
+        def pack_hook(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        with keyed(model, 3), rungs(model.train(), EngineSection()):
+            with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+                loss = SummedLoss(model, "engine")(part)
+            kept.append(sum(size for size, _ in storages.values()))
+            loss.backward()
+        found.append(torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad]))
+    tokens, config = part.ids.numel(), model.config
+    spared = 4 * config.num_hidden_layers * tokens * (config.intermediate_size + config.hidden_size)
+    assert torch.equal(found[0], found[1]) and kept[0] - kept[1] >= spared

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.engine import dropout
+from luthier.engine.again import with_again
 
 TRIED = 24
 """Rows of numbers for a try: of 768 or more in 16 bits, a fifth show which of two products was rounded first."""
@@ -119,7 +120,13 @@ LLAMA, GEMMA, OLMO = Norm(0.0, late=False), Norm(1.0, late=True), Norm(0.0, late
 
 def normed(x: Tensor, weight: Tensor, epsilon: float, form: Norm) -> Tensor:
     """x: [..., D]; weight: [D]. The result is in x's format; where the weight comes last, in the wider of the two."""
-    return _Normed.apply(x, weight, epsilon, form)  # type: ignore[no-any-return, no-untyped-call]
+    result: Tensor = _Normed.apply(x, weight, epsilon, form)  # type: ignore[no-untyped-call]
+    return with_again(result, partial(_normed_again, epsilon, form), x, weight)
+
+
+def _normed_again(epsilon: float, form: Norm, x: Tensor, weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _Normed.apply(x, weight, epsilon, form)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Normed(torch.autograd.Function):
@@ -242,7 +249,13 @@ class Gated(NamedTuple):
 
 def gated(form: Gated, *parts: Tensor) -> Tensor:
     """act(gate) · up: [..., F]. parts: gate and up [..., F] each, or both as one [..., 2 F]."""
-    return _Gated.apply(form, *parts)  # type: ignore[no-any-return, no-untyped-call]
+    result: Tensor = _Gated.apply(form, *parts)  # type: ignore[no-untyped-call]
+    return with_again(result, partial(_gated_again, form), *parts)
+
+
+def _gated_again(form: Gated, *parts: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _Gated.apply(form, *parts)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Gated(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """LoRA layers that read the same input, as one function: y = x · Wᵀ + s · (x · Aᵀ) · Bᵀ for each of them.
 
 What PEFT does in a dozen passes over memory (a copy of x in the adapter's format, the low-rank product scaled, added,
-converted) happens in place, and the backward is written by hand: it keeps x, which the layers share, and the r columns
-of x · Aᵀ, never a weight or a mask. The parameters, their names and their files are PEFT's.
+converted) happens in place, and the backward is written by hand: it keeps x, which the layers share (not even that
+where it can be made again, again.py), and the r columns of x · Aᵀ, never a weight or a mask. The parameters, their
+names and their files are PEFT's.
 
 Which layers read the same input (query, key and value; gate and up) is found by a look: two tokens go through the
 model, and layers that are handed the very same tensor belong together. The first of them that is called computes for
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.engine import products
+from luthier.engine.again import Again, again
 from luthier.engine.dropout import KeyedDropout, times_windows
 
 FOUND: WeakKeyDictionary[nn.Module, list[list[str]]] = WeakKeyDictionary()
@@ -209,7 +211,7 @@ def _forward(group: Group, number: int, layer: Any, plain: Any, x: Tensor, *args
     if others or unkeyed:
         return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
     keyed = [drop if isinstance(drop, KeyedDropout) else None for drop in drops]
-    results = _Fused.apply(x, group, keyed if any(keyed) else None, *group.weights)  # type: ignore[no-untyped-call]
+    results = _Fused.apply(x, again(x), group, keyed if any(keyed) else None, *group.weights)  # type: ignore[no-untyped-call]
     group.results = dict(enumerate(results))
     group.given = x if len(results) > 1 else None
     return group.results.pop(number)
@@ -227,13 +229,16 @@ class _Masks(NamedTuple):
 
 
 class _Fused(torch.autograd.Function):
-    """y of every layer of a group: [..., O] each. Keeps x and x · Aᵀ (of the masked x, where there is dropout).
+    """y of every layer of a group: [..., O] each. Keeps x, or what makes it again, and x · Aᵀ (of the masked x, where
+    there is dropout).
 
     x, y and their gradients are in the layers' format, the sums in between in that of the products (products.py).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, drops: list[Any] | None, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, again: Again, group: Group, drops: list[Any] | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         bases = [layer.get_base_layer() for layer in group.layers]
         dtype = _arithmetic(bases[0], x)
         given = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, D]
@@ -255,7 +260,8 @@ class _Fused(torch.autograd.Function):
                 y = products.forward(flat, _weight(base, dtype), base.bias).addmm_(low, b.t(), alpha=scale)
                 own = x.dtype if _is_quantised(base) and base.luthier_dtype is not None else dtype
                 results.append(y.view(*x.shape[:-1], -1).to(own, copy=ctx.format != dtype))
-        ctx.save_for_backward(given, *kept)
+        ctx.save_for_backward(*again.tensors, *kept)
+        ctx.again, ctx.own = again.make, dtype
         ctx.bases, ctx.a, ctx.b, ctx.masks, ctx.scales, ctx.ranks = bases, a, group.b, masks, scales, group.ranks
         ctx.shape, ctx.given = x.shape, x.dtype
         ctx.formats = [weight.dtype for weight in weights]
@@ -264,7 +270,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        given, *kept = ctx.saved_tensors
+        saved, count = ctx.saved_tensors, len(ctx.bases)
+        given, kept = ctx.again(*saved[:-count]), saved[-count:]
+        given = given.reshape(-1, given.shape[-1]).to(ctx.own)
         wide, wanted = ctx.format != given.dtype, ctx.needs_input_grad[0]
         flat = products.widened("x", given) if wide else given
         back, of_b = [], []
@@ -279,7 +287,7 @@ class _Fused(torch.autograd.Function):
                     of_x = products.backward(g, _weight(base, given.dtype), of_x)
             of_a = _of_a(ctx, flat, back, of_x)
         found = [value.to(dtype) for value, dtype in zip([*of_a, *of_b], ctx.formats, strict=True)]
-        return None if of_x is None else of_x.view(ctx.shape).to(ctx.given, copy=wide), None, None, *found
+        return None if of_x is None else of_x.view(ctx.shape).to(ctx.given, copy=wide), None, None, None, *found
 
 
 def _of_a(ctx: Any, flat: Tensor, back: list[Tensor], of_x: Tensor | None) -> list[Tensor]:
