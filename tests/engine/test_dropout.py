@@ -221,7 +221,7 @@ def test_only_one_integer_a_token_is_kept_for_the_backward():
 def test_tokens_without_keys_are_refused_in_training_only(keys):
     module = dropout()
     module.keys = keys
-    told = f"^LoRA dropout on {Q_PROJ} cannot be made independent of how rows are cut .*; set method.dropout: 0$"
+    told = f"^dropout on {Q_PROJ} cannot be made independent of how rows are cut .*; set method.dropout: 0$"
     with pytest.raises(ModelError, match=told):
         module(torch.ones(3, 4, 48))
     x = torch.ones(3, 4, 48)
@@ -509,6 +509,6 @@ def test_an_adapter_that_is_not_given_all_tokens_is_found_out_before_training():
     mlp = model.get_base_model().model.layers[1].mlp
     mlp.register_forward_pre_hook(few)
     mlp.register_forward_hook(lambda module, args, out: torch.zeros(2, 8, 32))
-    with pytest.raises(ModelError, match=r"^LoRA dropout on model\.layers\.1\.mlp\.gate_proj cannot be made indep"):
+    with pytest.raises(ModelError, match=r"^dropout on model\.layers\.1\.mlp\.gate_proj cannot be made indep"):
         check_keys(model)
     check_keys(lora(tiny("llama")))

@@ -55,14 +55,14 @@ def test_the_engine_equals_the_reference(family):
     assert count == len(trained(lora(tiny(family))))
 
 
-def test_the_record_has_shared_prefixes_where_the_rows_of_the_proof_share_one():
-    """Rows that do not say nothing about it."""
+def test_the_record_says_whether_the_rows_of_the_proof_share_anything():
+    """Rows that do not prove nothing about shared prefixes."""
     model = lora(tiny("llama"))
-    assert "shared_prefixes" not in proven(model).record["rungs"]
+    assert proven(model).record["shares"] is False
     same = list(range(5, 25))
     alike = Rows([([*same, *ids], prompt + len(same)) for ids, prompt in ROWS.rows])
     found = prove(model, alike, FOUR, pad_id=0, device=CPU, autocast=None, seed=None)
-    assert found.route == "engine" and "shared_prefixes" in found.record["rungs"]
+    assert found.route == "engine" and found.record["shares"] is True
 
 
 def test_full_fine_tuning_and_a_head_that_trains_are_proven_too():

@@ -99,7 +99,7 @@ class KeyedDropout(nn.Module):
         """Where each token's window into the table begins: int64 [tokens]."""
         if self.keys is None or self.keys.numel() * x.shape[-1] != x.numel():
             raise ModelError(
-                f"LoRA dropout on {self.name} cannot be made independent of how rows are cut (it is given other tokens "
+                f"dropout on {self.name} cannot be made independent of how rows are cut (it is given other tokens "
                 "than those of the rows); set method.dropout: 0"
             )
         # Multiply-shift hash: the top bits of the product, which wraps. >> keeps the sign: bring it to 0 … 2**22 - 1.
@@ -141,7 +141,7 @@ def times_windows(x: Tensor, offsets: Tensor, windows: Tensor, dtype: torch.dtyp
 
 @contextmanager
 def keyed(model: nn.Module, seed: int) -> Iterator[bool]:
-    """Inside, the dropout of the model's LoRA layers is keyed; afterwards PEFT's own dropout modules are back.
+    """Inside, the dropout of the model's adapters is keyed; afterwards PEFT's own dropout modules are back.
 
     Yields whether there is any. Decoder layers take the keys from `layout.keys` of the call argument `layout`; adapters
     outside of them (on the head) get theirs by `set_keys`. The cast from bf16 to the adapter's fp32 happens with the
@@ -154,16 +154,16 @@ def keyed(model: nn.Module, seed: int) -> Iterator[bool]:
             layer,
             adapter,
             dropout,
-            shared.setdefault(dropout, _keyed_like(dropout, name, layer.lora_A[adapter].weight.dtype, table)),
+            shared.setdefault(dropout, _keyed_like(dropout, name, readers[adapter].weight.dtype, table)),
         )
         for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for adapter, dropout in layer.lora_dropout.items()
-        if adapter in layer.lora_A and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        for dropouts, readers in [droppable(layer)]
+        for adapter, dropout in dropouts.items()
+        if adapter in readers and isinstance(dropout, nn.Dropout) and dropout.p > 0
     ]
     casts = [(layer, layer.cast_input_dtype_enabled) for layer, *_ in places]
     for layer, adapter, _, ours in places:
-        layer.lora_dropout[adapter] = ours
+        droppable(layer)[0][adapter] = ours
         layer.cast_input_dtype_enabled = False
     hooks = [
         child.register_forward_pre_hook(partial(_take_keys, layer), with_kwargs=True)
@@ -179,7 +179,19 @@ def keyed(model: nn.Module, seed: int) -> Iterator[bool]:
         for layer, cast in casts:
             layer.cast_input_dtype_enabled = cast
         for layer, adapter, dropout, ours in places:
-            layer.lora_dropout[adapter] = dropout.train(ours.training)  # else a model put to eval() would drop again
+            droppable(layer)[0][adapter] = dropout.train(ours.training)  # else a model put to eval() would drop again
+
+
+def droppable(layer: Any) -> tuple[Any, Any]:
+    """Of a layer's adapters: their dropouts, and the layers that read what these leave; both by the adapter's name.
+
+    LoRA's, and those of a layer that has them as `luthier_dropout` (models/bottleneck.py). A dropout's input has one
+    row a token of the pass; its result is wanted in the format of its reader's weight.
+    """
+    if isinstance(layer, LoraLayer):
+        return layer.lora_dropout, layer.lora_A
+    found: tuple[Any, Any] = getattr(layer, "luthier_dropout", ({}, {}))
+    return found
 
 
 def set_keys(module: nn.Module, keys: Tensor | None) -> None:

@@ -134,10 +134,10 @@ def prove(
         if route == "plain":
             engine = without_layers(engine)
     compared = rows if whole else rows[:FEW]
-    unused = UNUSED[route] | (set() if bench.shares(compared) else {"shared_prefixes"})
     record = {
         "path": route,
-        "rungs": [name for name, on in engine.model_dump().items() if on and name not in unused],
+        "rungs": [name for name, on in engine.model_dump().items() if on and name not in UNUSED[route]],
+        "shares": bench.shares(compared),
         "tried": tried,
         "rows": [examples.origin(int(row)) for row in compared],
         "gradients": len(whole[1]) if whole else 0,
