@@ -55,6 +55,50 @@ def test_each_segment_is_causal_attention_by_itself(asked):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # softmax is taken in fp32
 
 
+TREE = (Segment(0, 6), Segment(6, 11, 0), Segment(11, 14, 1), Segment(14, 16, 1), Segment(16, 20))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"sliding_window": 1}, {"sliding_window": 4}, {"sliding_window": 10}], ids=str)
+def test_a_prefix_is_seen_before_each_row(asked, fast):
+    """Every row by itself, the prefix's keys and values before its own; a window counts them as tokens of the row."""
+    query, key, value = tensors()
+    generator = torch.Generator().manual_seed(1)
+    prefix = [torch.randn(1, 2, 3, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "kv"]
+    inputs = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), *prefix]
+    weight = torch.randn(1, 20, 4, 8, generator=generator, dtype=torch.float64)
+    module = SimpleNamespace(is_causal=True, layer_idx=0)
+    layout = Layout(TREE, fast=fast, prefix=((prefix[0], prefix[1]),))
+    out, _ = attend(module, query, key, value, None, scaling=0.3, layout=layout, **asked)
+    expected = torch.zeros_like(out)
+    window = asked.get("sliding_window", 100)
+    for chain in ((0, 1, 2), (0, 1, 3), (4,)):
+        places = torch.cat([torch.arange(*TREE[number][:2]) for number in chain])
+        keys, values = (
+            torch.cat((x, y[:, :, places]), 2)[0].repeat_interleave(2, 0)
+            for x, y in zip(prefix, (key, value), strict=True)
+        )
+        distance = torch.arange(3, 3 + len(places))[:, None] - torch.arange(3 + len(places))
+        scores = (query[0, :, places] @ keys.mT * 0.3).masked_fill((distance < 0) | (distance >= window), -torch.inf)
+        expected[0, places] = (scores.softmax(-1) @ values).transpose(0, 1)
+    torch.testing.assert_close(out, expected)
+    found, wanted = (torch.autograd.grad((x * weight).sum(), inputs, allow_unused=True) for x in (out, expected))
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_what_hangs_beside_is_added():
+    """LLaMA-Adapter's own attention, with a layout and without."""
+    query, key, value = tensors()
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    for layout in (Layout(SEGMENTS), None):
+        module.__dict__.pop("luthier_beside", None)
+        alone, _ = attend(module, query, key, value, None, scaling=0.3, layout=layout)
+        module.luthier_beside = lambda query, scaling: scaling * query.transpose(1, 2)
+        both, _ = attend(module, query, key, value, None, scaling=0.3, layout=layout)
+        torch.testing.assert_close(both - alone, 0.3 * query.transpose(1, 2))
+
+
 def test_without_scaling_it_is_the_usual_one():
     query, key, value = tensors()
     out, _ = attend(MODULE, query, key, value, None, layout=Layout(SEGMENTS))

@@ -1,13 +1,14 @@
 """The rows of one optimizer step → passes through the model under a token budget.
 
 Which rows share a pass never changes a step's gradient: in a packed pass a token sees its own row only, and a padded
-one has the same rows one below the other. What rows have in common at their beginning may stand in a pass once.
+one has the same rows one below the other. What rows have in common at their beginning may stand in a pass once; so do
+the virtual tokens that prompt tuning puts before all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +29,17 @@ class Segment(NamedTuple):
     start: int
     stop: int
     parent: int = -1
+
+
+class Virtual(NamedTuple):
+    """Tokens before the first of every row that no tokenizer knows. tokens: how many, 0 for none.
+
+    columns: they stand in the pass as tokens do (prompt and P-tuning); else their keys and values come from elsewhere
+    (prefix tuning), and of them a pass only knows that its rows' positions begin after them.
+    """
+
+    tokens: int = 0
+    columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,14 +84,22 @@ def passes(
 
 
 def padded_passes(
-    examples: Examples, rows: np.ndarray, tokens_per_pass: int, pad_id: int, apart: int | None = None
+    examples: Examples,
+    rows: np.ndarray,
+    tokens_per_pass: int,
+    pad_id: int,
+    apart: int | None = None,
+    further: int = 0,
 ) -> list[Pass]:
-    """The same as padded passes of at most `tokens_per_pass` places, padding counted: the plain twin."""
+    """The same as padded passes of at most `tokens_per_pass` places, padding counted: the plain twin.
+
+    `further`: places that each row takes besides its tokens (virtual ones).
+    """
     lengths = examples.lengths[rows]
     return [
         pad(examples, rows[side[part]], pad_id)
         for side in _sides(lengths, apart)
-        for part in cut(lengths[side], tokens_per_pass)
+        for part in cut(lengths[side] + further, tokens_per_pass)
     ]
 
 
@@ -196,4 +216,26 @@ def pad(examples: Examples, rows: Sequence[int] | np.ndarray, pad_id: int) -> Pa
         weights=None,
         rows=tuple(int(row) for row in rows),
         length=int(mask.sum()),
+    )
+
+
+def behind(pass_: Pass, virtual: Virtual) -> Pass:
+    """The same pass behind virtual tokens, as its rows would be if these were their first.
+
+    As columns their ids are -1, -2, …, which no tokenizer has: what is keyed by a row's tokens, as dropout is, knows
+    them. In a packed pass they stand once, a parent of all that had none; in a padded one before each row.
+    """
+    count = virtual.tokens
+    if not virtual.columns:
+        return replace(pass_, positions=pass_.positions + count) if count else pass_
+    rows, places = pass_.ids.shape
+    before = np.broadcast_to(np.arange(count), (rows, count))
+    segments = tuple(Segment(s.start + count, s.stop + count, s.parent + 1) for s in pass_.segments)
+    return replace(
+        pass_,
+        ids=np.concatenate((-1 - before, pass_.ids), axis=1),
+        positions=np.concatenate((before, pass_.positions + count), axis=1),
+        mask=np.concatenate((np.ones((rows, count), bool), pass_.mask), axis=1),
+        segments=(Segment(0, count), *segments) if segments else (),
+        places=pass_.places + count * (1 + pass_.places // places),
     )

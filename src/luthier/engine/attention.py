@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -43,14 +43,26 @@ class Layout:
     """What a pass is made of. segments: those of a packed pass, () where rows are padded.
 
     keys: int64 [B · L], what the dropout of each token depends on; None where there is none. fast: by the functions
-    made for this, not by a call of SDPA a segment. prepared: what is worked out from the segments once a pass, by the
-    sliding window.
+    made for this, not by a call of SDPA a segment. prefix: keys and values [1, K, P, E] of each layer, which every row
+    sees before its own tokens (prefix tuning); in a padded pass, too. prepared: what is worked out from the segments
+    once a pass, by the sliding window.
     """
 
     segments: tuple[Segment, ...]
     keys: Tensor | None = None
     fast: bool = True
+    prefix: tuple[tuple[Tensor, Tensor], ...] | None = None
     prepared: dict[int | None, Any] = field(default_factory=dict, compare=False)
+
+
+class _Asked(NamedTuple):
+    """What transformers asks of a layer's attention, as keywords."""
+
+    scaling: float | None
+    dropout: float
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
 
 
 def register() -> str:
@@ -78,41 +90,88 @@ def attend(
     """Attention as transformers asks for it. query: [B, H, L, E]; key, value: [B, K, L, E]; result: [B, L, H, E].
 
     With a packed `layout` the mask is not looked at; `sliding_window`, `softcap` and `s_aux` (one attention sink a
-    head) are honoured. Errors: CannotPackError for a keyword that is not known, or attention that is not causal.
+    head) are honoured. A function that hangs on the module as `luthier_beside` adds what it makes of the query.
+    Errors: CannotPackError for a keyword that is not known, or attention that is not causal.
     """
-    if layout is None or not layout.segments:
-        if softcap is None and s_aux is None:
-            out, _ = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-            )
-            return out, None
+    asked = _Asked(scaling, dropout, sliding_window, softcap, s_aux)
+    if layout is not None and (layout.segments or layout.prefix is not None):
+        _refuse_unknown(module, others)
+        _refuse_hidden_window(module, sliding_window)
+        before = None
+        if layout.prefix is not None:
+            before = tuple(x.to(key.dtype) for x in layout.prefix[module.layer_idx])  # type: ignore[index]
+        if layout.segments:
+            out = _packed(query, key, value, layout, before, asked)
+        else:
+            out = _padded(query, key, value, attention_mask, before or (), asked)
+    elif softcap is None and s_aux is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    else:
         allowed = _whole(query, key) if attention_mask is None else attention_mask
-        return _scores(query, key, value, allowed, scaling, dropout, softcap, s_aux).transpose(1, 2).contiguous(), None
-    _refuse_unknown(module, others)
-    _refuse_hidden_window(module, sliding_window)
-    fast = layout.fast and s_aux is None and not dropout and value.shape[-1] == query.shape[-1]
-    if fast and softcap is None and query.device.type == "cpu":
-        if sliding_window not in layout.prepared:
-            layout.prepared[sliding_window] = stretches(layout.segments, sliding_window)
-        return attend_by_stretches(query, key, value, layout.prepared[sliding_window], scaling), None
-    if fast and query.device.type == "cuda":
-        out = attend_cuda(query, key, value, layout.segments, scaling, sliding_window, softcap)
+        out = _scores(query, key, value, allowed, asked).transpose(1, 2).contiguous()
+    beside = module.__dict__.get("luthier_beside")
+    return out if beside is None else out + beside(query, scaling), None
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, before: tuple[Tensor, ...] | None, asked: _Asked
+) -> Tensor:
+    """A pass of segments. before: keys and values of what every row sees before its first token."""
+    fast = layout.fast and asked.s_aux is None and not asked.dropout and value.shape[-1] == query.shape[-1]
+    window = asked.sliding_window
+    if fast and asked.softcap is None and query.device.type == "cpu":
+        if window not in layout.prepared:
+            layout.prepared[window] = stretches(layout.segments, window, 0 if before is None else before[0].shape[2])
+        if before is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), before, strict=True))
+        return attend_by_stretches(query, key, value, layout.prepared[window], asked.scaling)
+    if fast and query.device.type == "cuda" and before is None:
+        out = attend_cuda(query, key, value, layout.segments, asked.scaling, window, asked.softcap)
         if out is not None:
-            return out, None
+            return out
     parts = []
     for segment in layout.segments:
         q = query[:, :, segment.start : segment.stop]
         k, v = (_with_ancestors(x, layout.segments, segment) for x in (key, value))
-        window = _window(q, k, sliding_window)
-        if softcap is None and s_aux is None:
-            part = F.scaled_dot_product_attention(
-                q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        else:
-            allowed = _whole(q, k) if window is None else window
-            part = _scores(q, k, v, allowed, scaling, dropout, softcap, s_aux)
-        parts.append(part.transpose(1, 2))
-    return torch.cat(parts, dim=1), None  # contiguous, as some families' .view() needs it
+        if before is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(before, (k, v), strict=True))
+        parts.append(_by_sdpa(q, k, v, _window(q, k, window), asked))
+    return torch.cat(parts, dim=1)  # contiguous, as some families' .view() needs it
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, before: tuple[Tensor, ...], asked: _Asked
+) -> Tensor:
+    """Rows padded on the right, behind a prefix that transformers knows nothing of. mask: bool [B, 1, L, L]."""
+    prefix = before[0].shape[2]
+    key, value = (
+        torch.cat((x.expand(len(query), -1, -1, -1), y), dim=2) for x, y in zip(before, (key, value), strict=True)
+    )
+    allowed = _window(query, key, asked.sliding_window)
+    if mask is not None and allowed is not None:
+        seen = allowed[:, :prefix].expand(len(query), 1, -1, -1)
+        allowed = torch.cat((seen, mask.expand(len(query), -1, -1, -1)), dim=-1)
+    return _by_sdpa(query, key, value, allowed, asked).contiguous()
+
+
+def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, asked: _Asked) -> Tensor:
+    """[B, L, H, E]. allowed: bool, which of the keys a query sees; None for plain causality."""
+    if asked.softcap is None and asked.s_aux is None:
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            allowed,
+            asked.dropout,
+            is_causal=allowed is None,
+            scale=asked.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    else:
+        out = _scores(query, key, value, _whole(query, key) if allowed is None else allowed, asked)
+    return out.transpose(1, 2)
 
 
 def _with_ancestors(x: Tensor, segments: Sequence[Segment], segment: Segment) -> Tensor:
@@ -163,17 +222,9 @@ def _whole(query: Tensor, key: Tensor) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    allowed: Tensor,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _scores(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, asked: _Asked) -> Tensor:
     """Attention with its scores written out, which soft caps (Gemma 2) and sinks (gpt-oss) need: [B, H, L, E]."""
+    scaling, dropout, _, softcap, sinks = asked
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

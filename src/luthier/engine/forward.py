@@ -5,7 +5,7 @@ Shapes: B rows, L places, S supervised places, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,8 @@ from luthier.data.pack import Pass
 from luthier.engine import attention, dropout
 from luthier.engine.attention import CannotPackError, Layout
 from luthier.engine.loss import Head, head_of, summed_cross_entropy
+from luthier.engine.soft import prefix_of, prompts_of, virtual_of
+from luthier.errors import ModelError
 
 Route = Literal["engine", "own_logits", "plain"]
 """engine: packed passes, the head chunk by chunk; own_logits: packed, the logits by transformers itself (where they are
@@ -26,7 +28,7 @@ more than the head's output scaled and capped); plain: padded passes through tra
 @dataclass(frozen=True)
 class DevicePass:
     """A pass where the model is. ids, positions, mask: [B, L]; supervised: [S] places in B · L; targets: [S] ids;
-    weights: fp32 [S], None for 1 each."""
+    weights: fp32 [S], None for 1 each. Virtual tokens, where the model has any, are in it (`data.pack.behind`)."""
 
     ids: Tensor
     positions: Tensor
@@ -87,10 +89,10 @@ class SummedLoss(nn.Module):
         dropout.set_keys(self.model, pass_.layout.keys)
         keys = None if pass_.layout.keys is None else pass_.layout.keys[pass_.supervised]
         if self.route == "engine":
-            hidden = base.get_decoder()(**inputs(pass_)).last_hidden_state  # [B, L, D]
+            hidden = base.get_decoder()(**inputs_of(self.model, pass_)).last_hidden_state  # [B, L, D]
             chosen = hidden.flatten(0, 1).index_select(0, pass_.supervised)
             return summed_cross_entropy(chosen, pass_.targets, head, keys, pass_.weights)
-        losses = F.cross_entropy(own_logits(base, head, pass_).float(), pass_.targets, reduction="none")
+        losses = F.cross_entropy(own_logits(self.model, head, pass_).float(), pass_.targets, reduction="none")
         return (losses if pass_.weights is None else losses * pass_.weights).sum()
 
 
@@ -107,14 +109,38 @@ def inputs(pass_: DevicePass) -> dict[str, Any]:
     }
 
 
-def own_logits(base: Any, head: Head, pass_: DevicePass) -> Tensor:
+def inputs_of(model: Any, pass_: DevicePass) -> dict[str, Any]:
+    """The same as the base of `model` takes it, its virtual tokens filled in; behind a prefix its attention must take a
+    Layout (`adopt`), packed or not."""
+    given, virtual = inputs(pass_), virtual_of(model)
+    if virtual.columns:
+        embedded = base_of(model).get_input_embeddings()(given.pop("input_ids")[:, virtual.tokens :])
+        prompts = prompts_of(model).to(embedded.dtype).expand(len(embedded), -1, -1)
+        given["inputs_embeds"] = torch.cat((prompts, embedded), dim=1)
+    elif virtual.tokens:
+        given["layout"] = replace(pass_.layout, prefix=prefix_of(model))
+    return given
+
+
+def own_logits(model: Any, head: Head, pass_: DevicePass) -> Tensor:
     """The logits of the supervised places as transformers computes them: [S, V], with a gradient."""
+    base = base_of(model)
     if pass_.layout.segments:
         if pass_.layout.keys is not None:
             dropout.set_keys(head.module, pass_.layout.keys[pass_.supervised])
-        logits = base(**inputs(pass_), logits_to_keep=pass_.supervised).logits
+        logits = base(**inputs_of(model, pass_), logits_to_keep=pass_.supervised).logits
         return logits.flatten(0, 1)  # type: ignore[no-any-return]
-    return base(**inputs(pass_)).logits.flatten(0, 1)[pass_.supervised]  # type: ignore[no-any-return]
+    virtual = virtual_of(model)
+    if virtual.tokens and not virtual.columns and base.config._attn_implementation != attention.NAME:
+        if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            raise ModelError(
+                "prefix tuning of padded rows is PEFT's own, which cannot compute activations again: set "
+                "train.activation_checkpointing: false, or leave engine.packed on"
+            )
+        out = model(input_ids=pass_.ids, attention_mask=pass_.mask, use_cache=True)
+    else:
+        out = base(**inputs_of(model, pass_))
+    return out.logits.flatten(0, 1)[pass_.supervised]  # type: ignore[no-any-return]
 
 
 def adopt(model: Any) -> None:
@@ -128,11 +154,11 @@ def adopt(model: Any) -> None:
 def rotary_border(model: Any) -> int | None:
     """Tokens above which a row's rotary frequencies are others, chosen by the longest row of a pass (longrope).
 
-    Rows on either side of it share no pass. ("dynamic" scaling looks at the longest row as well, but acts only on
-    rows beyond the model's window, which are refused.)
+    Rows on either side of it share no pass. Virtual tokens count as tokens of each row. ("dynamic" scaling looks at the
+    longest row as well, but acts only on rows beyond the model's window, which are refused.)
     """
     config = base_of(model).config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
     borders = {int(r["original_max_position_embeddings"]) for r in kinds if r.get("rope_type") == "longrope"}
-    return min(borders, default=None)
+    return min(borders) - virtual_of(model).tokens if borders else None

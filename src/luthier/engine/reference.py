@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.pack import Pass, pack, pad, passes
+from luthier.data.pack import Pass, behind, pack, pad, passes
 from luthier.engine import dropout
-from luthier.engine.forward import DevicePass, SummedLoss, base_of, inputs, on_device, rotary_border
+from luthier.engine.forward import DevicePass, SummedLoss, base_of, inputs_of, on_device, rotary_border
 from luthier.engine.memory import is_full
+from luthier.engine.soft import virtual_of
 from luthier.errors import ModelError
 from luthier.sections import EngineSection
 
@@ -43,8 +46,8 @@ class Bench:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def places(self, rows: np.ndarray) -> int:
-        """Of these rows padded."""
-        return len(rows) * int(self.examples.lengths[rows].max())
+        """Of these rows padded, virtual tokens included."""
+        return len(rows) * (int(self.examples.lengths[rows].max()) + virtual_of(self.model).tokens)
 
     def first(self, rows: np.ndarray) -> tuple[float, bool]:
         """The reference for the first time, and whether torch's random numbers moved on by it.
@@ -68,15 +71,17 @@ class Bench:
         """How far the hidden states of a row move, by their spread, when the ids of its neighbours in the pass do."""
         part = pack(self.examples, [int(rows[0]), int(rows[-1]), int(rows[0])])
         start, stop, _ = part.segments[1]
+        virtual = virtual_of(self.model)
+        moved_by = virtual.tokens if virtual.columns else 0
         places = np.arange(part.ids.size)
         others = np.where((places < start) | (places >= stop), part.ids.max() - part.ids, part.ids)
         states = []
         for each in (part, replace(part, ids=others)):
-            pass_ = on_device(each, self.device, self.seed, fast_attention=self.engine.fast_attention)
+            pass_ = self._on_device(each)
             dropout.set_keys(self.model, pass_.layout.keys)
             with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                hidden = base_of(self.model).get_decoder()(**inputs(pass_)).last_hidden_state
-            states.append(hidden[0, start:stop].float())
+                hidden = base_of(self.model).get_decoder()(**inputs_of(self.model, pass_)).last_hidden_state
+            states.append(hidden[0, start + moved_by : stop + moved_by].float())
         moved: Tensor = (states[0] - states[1]).abs().max() / states[0].std()
         return moved.item()
 
@@ -85,7 +90,7 @@ class Bench:
         total = torch.zeros((), device=self.device)
         for part in self.passes(way, rows):
             given = part if way != "reference" else pad(self.examples, part.rows, self.pad_id)
-            on = on_device(given, self.device, self.seed, fast_attention=self.engine.fast_attention)
+            on = self._on_device(given)
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 total = total + (
                     reference_loss(self.model, on) if way == "reference" else SummedLoss(self.model, way)(on)
@@ -100,6 +105,10 @@ class Bench:
         """All of them in one pass, or in two where rotary frequencies differ."""
         shared = way == "engine" and self.engine.shared_prefixes
         return passes(self.examples, rows, int(self.examples.lengths[rows].sum()), rotary_border(self.model), shared)
+
+    def _on_device(self, part: Pass) -> DevicePass:
+        given = behind(part, virtual_of(self.model))
+        return on_device(given, self.device, self.seed, fast_attention=self.engine.fast_attention)
 
     def value(self, way: Way, rows: np.ndarray) -> float:
         with torch.no_grad():
@@ -136,12 +145,37 @@ class Bench:
 
 
 def reference_loss(model: Any, pass_: DevicePass) -> Tensor:
-    """Summed loss of a padded pass by transformers itself (through PEFT where there is an adapter): a scalar."""
+    """Summed loss of a padded pass by transformers itself (through PEFT where there is an adapter): a scalar.
+
+    PEFT puts virtual tokens before the rows itself, and counts positions: it gets the rows without either.
+    """
     dropout.set_keys(model, pass_.layout.keys)
     labels = torch.full_like(pass_.ids, NOT_ONE).flatten()
     labels[pass_.supervised + 1] = pass_.targets  # labels name the token itself, targets the next one
-    loss: Tensor = model(**inputs(pass_), labels=labels.view_as(pass_.ids)).loss
+    labels = labels.view_as(pass_.ids)
+    virtual = virtual_of(model)
+    if not virtual.tokens:
+        loss: Tensor = model(**inputs_of(model, pass_), labels=labels).loss
+        return loss * len(pass_.targets)
+    start = virtual.tokens if virtual.columns else 0
+    ids, mask, labels = (x[:, start:] for x in (pass_.ids, pass_.mask, labels))
+    with _keeping_activations(model):
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=not virtual.columns).loss
     return loss * len(pass_.targets)
+
+
+@contextmanager
+def _keeping_activations(model: Any) -> Iterator[None]:
+    """Inside, nothing is computed again in the backward pass: PEFT's prefix is a cache, which transformers would leave
+    out without an error."""
+    held = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in held:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in held:
+            module.gradient_checkpointing = True
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

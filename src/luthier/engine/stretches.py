@@ -47,16 +47,19 @@ class Stretch:
         return self.keys is None and self.mask is None
 
 
-def stretches(segments: Sequence[Segment], window: int | None) -> list[Stretch]:
+def stretches(segments: Sequence[Segment], window: int | None, prefix: int = 0) -> list[Stretch]:
     """What a pass is attended for by: every place once for its own segment, then for its ancestors, if it has any.
 
-    `window`: the sliding one, the last so many tokens of a row, itself included.
+    `window`: the sliding one, the last so many tokens of a row, itself included. `prefix`: tokens before each row whose
+    keys and values stand behind those of the pass.
     """
     children: dict[int, list[Segment]] = {}
     for segment in segments:
         children.setdefault(segment.parent, []).append(segment)
     own = [_own(batch, window) for batch in _alike(segments)]
     shared = [_ancestors(segments, parent, of, window) for parent, of in children.items() if parent >= 0]
+    if prefix:
+        shared.append(_prefix(segments, prefix, window))
     return own + [part for part in shared if len(part.queries)]  # none where a window is one token
 
 
@@ -87,10 +90,25 @@ def _ancestors(segments: Sequence[Segment], parent: int, children: Sequence[Segm
     return Stretch(1, queries, None, keys, mask)
 
 
+def _prefix(segments: Sequence[Segment], prefix: int, window: int | None) -> Stretch:
+    """All places of a pass, or those that a window reaches the prefix from."""
+    places, depths, begins = segments[-1].stop, list[Tensor](), list[int]()
+    keys = torch.arange(places, places + prefix)
+    if window is None:
+        return Stretch(1, torch.arange(places), None, keys, None)
+    for start, stop, parent in segments:
+        begins.append(0 if parent < 0 else begins[parent] + segments[parent].stop - segments[parent].start)
+        depths.append(begins[-1] + torch.arange(stop - start))
+    depth = torch.cat(depths)
+    queries, keys = (depth < window - 1).nonzero().flatten(), keys[max(0, prefix - window + 1) :]
+    behind = len(keys) - torch.arange(len(keys))
+    return Stretch(1, queries, None, keys, _as_numbers(depth[queries][:, None] + behind < window))
+
+
 def attend_by_stretches(
     query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Stretch], scaling: float | None
 ) -> Tensor:
-    """query: [1, H, L, E]; key, value: [1, K, L, E] → [1, L, H, E]."""
+    """query: [1, H, L, E]; key, value: [1, K, L, E], a prefix's behind them → [1, L, H, E]."""
     if torch.is_autocast_enabled("cpu"):  # as it does with SDPA's own
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     out: Tensor = _Attention.apply(query, key, value, parts, scaling)  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from luthier.data.deal import deal
-from luthier.data.pack import Pass, pack, pad, padded_passes, passes
+from luthier.data.pack import Pass, behind, pack, pad, padded_passes, passes
 from luthier.engine.forward import DevicePass, Route, SummedLoss, on_device, rotary_border
+from luthier.engine.soft import virtual_of
 from luthier.sections import EngineSection
 from luthier.training.distributed import World
 
@@ -67,7 +68,7 @@ class Gradients:
     ) -> None:
         self.route, self.world, self.seed, self.pad_id = route, world, seed, pad_id
         self.autocast, self.beat, self.engine = autocast, beat, engine
-        self.border = rotary_border(model)
+        self.border, self.virtual = rotary_border(model), virtual_of(model)
         self.helper = ThreadPoolExecutor(1, "luthier-passes") if engine.prefetch else None
         self.ahead: tuple[Any, Future[Given]] | None = None
         self.alone = SummedLoss(model, route)  # for what one process computes by itself
@@ -137,8 +138,8 @@ class Gradients:
         return Given(parts, int(examples.supervised[mine].sum()))
 
     def on_device(self, part: Pass, step: int = 0) -> DevicePass:
-        """A pass where the model is, with the dropout of a step."""
-        return on_device(part, self.world.device, self.seed, step, self.engine.fast_attention)
+        """A pass where the model is, behind the method's virtual tokens, with the dropout of a step."""
+        return on_device(behind(part, self.virtual), self.world.device, self.seed, step, self.engine.fast_attention)
 
     def loss(self, part: Pass | DevicePass, step: int = 0, module: Any = None) -> Tensor:
         """Sum over the supervised tokens of a pass: a fp32 scalar. `module`: shared with other processes, or alone."""
@@ -148,11 +149,12 @@ class Gradients:
         return loss
 
     def cut(self, examples: Examples, rows: np.ndarray, tokens_per_pass: int) -> list[Pass]:
-        """These rows as passes: packed, or padded where the route is the plain one."""
+        """These rows as passes, without virtual tokens: packed, or padded where the route is the plain one."""
+        further = self.virtual.tokens if self.virtual.columns else 0
         if self.route == "plain":
-            return padded_passes(examples, rows, tokens_per_pass, self.pad_id, self.border)
+            return padded_passes(examples, rows, tokens_per_pass, self.pad_id, self.border, further)
         shared = self.engine.shared_prefixes and self.route == "engine"
-        return passes(examples, rows, tokens_per_pass, self.border, shared)
+        return passes(examples, rows, max(1, tokens_per_pass - further), self.border, shared)
 
     def saved(self, examples: Examples, rows: np.ndarray, tokens_per_pass: int) -> list[str]:
         """The line, if it is due, about what rows of a step have in common."""
