@@ -137,3 +137,28 @@ def test_a_quickstart_that_is_stopped_says_how_to_go_on(
     monkeypatch.setattr(verbs, "quickstart", lambda *_, **__: run)
     said = "stopped at step 5; go on with: luthier train runs/quickstart --resume\n"
     assert call("quickstart") == (status, said, "")
+
+
+def test_strength_on_the_command_line(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = SimpleNamespace(folder=RunFolder(Path.cwd() / "runs" / "town"))
+    monkeypatch.setattr("luthier.runs.find_run", lambda name: SimpleNamespace(path=tmp_path / name))
+    monkeypatch.setattr("luthier.run.open_run", lambda path: run)
+    asked: list[Any] = []
+    monkeypatch.setattr(verbs, "compare", lambda run, **options: asked.append(options["rows"]))
+    monkeypatch.setattr(verbs, "merge", lambda run, out, **options: asked.append(options["strength"]))
+    best: list[float | None] = [0.75, None]
+
+    def strengths(run: Any, *, rows: int | None, text: Path | None, say: Any) -> Any:
+        asked.append((rows, text))
+        return SimpleNamespace(best=best.pop(0))
+
+    monkeypatch.setattr(verbs, "strengths", strengths)
+    assert call("compare", "--strength", "town") == (0, "next: luthier merge runs/town --strength 0.75 -o DIR\n", "")
+    arguments = ("compare", "town", "--strength", "--rows", "9", "--text", "mine.txt")
+    assert call(*arguments) == (0, "next: luthier merge runs/town -o DIR\n", "")
+    assert call("compare", "town")[0] == 0
+    assert call("merge", "town", "-o", "out", "--strength", "0.7")[0] == 0
+    assert call("merge", "town", "-o", "out")[0] == 0
+    assert asked == [(None, None), (9, Path("mine.txt")), 128, "0.7", "1"]
+    said = "error: --text goes with --strength: it measures what is forgotten\n"
+    assert call("compare", "town", "--text", "mine.txt") == (2, "", said)

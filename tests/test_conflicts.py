@@ -97,6 +97,34 @@ GREEDY = "has no effect, as generate.sample is false; write sample: true, or lea
         ("method", "kind: full\nmodules_to_save: []", f"method.modules_to_save: {NO_EFFECT}"),
         (
             "method",
+            "virtual_tokens: 5",
+            "method.virtual_tokens: has no effect, as method.kind is lora; leave it out; prompt, prefix, p_tuning and "
+            "llama_adapter would take it",
+        ),
+        (
+            "method",
+            "kind: prefix\ntarget: [q_proj]",
+            "method.target: has no effect, as method.kind is prefix; leave it out; lora, dora, rslora and others would "
+            "take it",
+        ),
+        (
+            "method",
+            "kind: pissa\ndropout: 0.1",
+            "method.dropout: has no effect, as method.kind is pissa; leave it out; lora, dora and rslora would take it",
+        ),
+        (
+            "method",
+            "kind: freeze\nr: 4",
+            "method.r: has no effect, as method.kind is freeze; leave it out; lora, dora, rslora and others would "
+            "take it",
+        ),
+        (
+            "method",
+            "kind: ia3\nplacement: houlsby",
+            "method.placement: has no effect, as method.kind is ia3; leave it out; bottleneck would take it",
+        ),
+        (
+            "method",
             "target: [q_proj, lm_head]\nmodules_to_save: [lm_head]",
             "method.modules_to_save: lm_head would be trained whole and get an adapter as well (method.target); "
             "keep one",
@@ -113,6 +141,21 @@ def test_quantised_weights_bear_adapters_only(tmp_path: Path) -> None:
             "override: method.kind: full trains every weight, and weights in int8 (model.quantize) cannot be trained; "
             "take lora, or model.quantize: none"
         ]
+    assert problems(tmp_path, MINIMAL, "model.quantize=nf4", "method.kind=freeze") == [
+        "override: method.kind: freeze trains whole layers, and weights in nf4 (model.quantize) cannot be trained; "
+        "take lora, or model.quantize: none"
+    ]
+    assert problems(tmp_path, MINIMAL, "model.quantize=nf4", "method.kind=lokr") == [
+        "override: method.kind: lokr reads a layer's shape off weights that lie packed in nf4 (model.quantize); take "
+        "lora, or model.quantize: int8"
+    ]
+    assert problems(tmp_path, MINIMAL, "generate.quantize={kind: nf4}", "method.kind=loha") == [
+        "override: generate.quantize: nf4: loha reads a layer's shape off weights that lie packed in nf4 "
+        "(generate.quantize); take lora, or generate.quantize: int8"
+    ]
+    for kind in ("dora", "pissa", "ia3", "adalora", "prefix", "bottleneck", "ln_tuning"):
+        for held in ("int8", "nf4"):
+            assert read(tmp_path, MINIMAL, f"model.quantize={held}", f"method.kind={kind}").method.kind == kind
     assert problems(tmp_path, MINIMAL, "model.quantize=nf4", "method.bias=all") == [
         "override: method.bias: all trains biases of layers that are held in nf4 (model.quantize); leave it out, or "
         "take model.quantize: none"
@@ -131,6 +174,12 @@ def test_quantised_weights_bear_adapters_only(tmp_path: Path) -> None:
 def test_keys_of_two_sections_that_are_at_odds(tmp_path: Path) -> None:
     assert problems(tmp_path, MINIMAL, "method.kind=full", "merge.dtype=fp16") == [
         "override: merge.dtype: has no effect, as method.kind is full, which writes a whole model; leave it out"
+    ]
+    assert problems(tmp_path, MINIMAL, "method.kind=freeze", "merge.dtype=fp16") == [
+        "override: merge.dtype: has no effect, as method.kind is freeze, which writes a whole model; leave it out"
+    ]
+    assert problems(tmp_path, MINIMAL, "method.kind=prompt", "merge.dtype=fp16") == [
+        "override: merge.dtype: has no effect, as method.kind is prompt, which cannot be merged; leave it out"
     ]
     pattern = ("data.text='{quote}'", "data.supervise=all")
     assert problems(tmp_path, MINIMAL, *pattern, "generate.raw=false") == [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from luthier.conflicts import idle
+from luthier.methods import METHODS
 from luthier.recipe import (
     load_recipe,
     new_recipe,
@@ -327,6 +328,36 @@ def test_keys_without_effect_are_not_saved(tmp_path: Path) -> None:
     assert saved.endswith("  seed: 42\ntrack: []\n")
     assert {"method.r", "generate.top_k", "merge.dtype"} < set(idle(recipe))
     assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+@pytest.mark.parametrize("kind", list(METHODS))
+def test_every_method_is_saved_with_its_own_keys_alone(tmp_path: Path, kind: str) -> None:
+    recipe = read(tmp_path, MINIMAL, f"method.kind={kind}")
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    saved = (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+    body = saved.partition("method:\n")[2].partition("train:\n")[0]
+    assert {line.split(":")[0].strip() for line in body.splitlines()} == METHODS[kind].fields | {"kind"}
+    assert ("merge:" in saved) is (METHODS[kind].merges and kind not in ("full", "freeze"))
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_method_that_is_not_there(tmp_path: Path) -> None:
+    for word, meant in {
+        "dorra": "; did you mean dora?",
+        "p_tunning": "; did you mean p_tuning?",
+        "ptuning_v2": "; here that is prefix",
+        "houlsby": "; here that is bottleneck, with method.placement: houlsby",
+    }.items():
+        (line,) = problems(tmp_path, MINIMAL, f"method.kind={word}")
+        assert line.startswith("override: method.kind: must be lora, dora, rslora, ") and line.endswith(meant), line
+    for given, told in {
+        "method.r=0": "override: method.r: must be a whole number ≥ 1, is 0",
+        "method.virtual_tokens=0": "override: method.virtual_tokens: must be a whole number ≥ 1 or null, is 0",
+    }.items():
+        assert problems(tmp_path, MINIMAL, given) == [told]
+    assert problems(tmp_path, MINIMAL, "method.use_dora=true") == [
+        "override: method.use_dora: a key of PEFT; here: method.kind (dora)"
+    ]
 
 
 def test_a_saved_recipe_takes_overrides(tmp_path: Path) -> None:

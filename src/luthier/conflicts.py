@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from luthier.methods import METHODS, takers, whole
 from luthier.sections import DataSection, Quantization, Recipe, Section, pattern_columns
+
+_WHOLE = "trains {}, and weights in {{}} cannot be trained; take lora, or model.quantize: none"
+_SHAPE = "reads a layer's shape off weights that lie packed in {}; take lora, or model.quantize: int8"
+UNQUANTISED = {
+    "full": dict.fromkeys(("int8", "nf4"), _WHOLE.format("every weight")),
+    "freeze": dict.fromkeys(("int8", "nf4"), _WHOLE.format("whole layers")),
+    "loha": {"nf4": _SHAPE},
+    "lokr": {"nf4": _SHAPE},
+}
+"""Kinds that cannot be trained on a base held in fewer bits: kind → bits → why, and what can."""
 
 
 class Conflict(NamedTuple):
@@ -24,10 +35,15 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
 def idle(recipe: Recipe) -> dict[str, str]:
     """Keys that do nothing under what another key says → why. Given, they are an error; unsaid, they are not saved."""
     found: dict[str, str] = {}
-    if recipe.method.kind == "full":
-        why = "as method.kind is full; leave it out"
-        found |= {f"method.{name}": why for name in type(recipe.method).model_fields if name != "kind"}
-        found["merge.dtype"] = "as method.kind is full, which writes a whole model; leave it out"
+    method = METHODS[recipe.method.kind]
+    for name in type(recipe.method).model_fields:
+        if name != "kind" and name not in method.fields:
+            others = "" if method.kind == "full" else f"; {_some(takers(name))} would take it"
+            found[f"method.{name}"] = f"as method.kind is {method.kind}; leave it out{others}"
+    if whole(method.kind):
+        found["merge.dtype"] = f"as method.kind is {method.kind}, which writes a whole model; leave it out"
+    elif not method.merges:
+        found["merge.dtype"] = f"as method.kind is {method.kind}, which cannot be merged; leave it out"
     if recipe.train.optimizer == "lion_8bit":
         found["train.eps"] = "as train.optimizer is lion_8bit, which divides by nothing; leave it out"
     if not recipe.generate.sample:
@@ -41,6 +57,12 @@ def answer_column(data: DataSection) -> str | None:
     names = pattern_columns(data.text or "")
     named = data.columns.response if data.columns else None
     return next((name for name in ("response", named) if name in names), None)
+
+
+def _some(kinds: list[str]) -> str:
+    """lora, dora, rslora and others; prompt and prefix"""
+    kinds = kinds if len(kinds) < 5 else [*kinds[:3], "others"]
+    return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
 
 
 def _without_effect(recipe: Recipe) -> Iterator[Conflict]:
@@ -158,14 +180,18 @@ def _quantize(recipe: Recipe) -> Iterator[Conflict]:
                 (f"{name}.quantize.double_quant", f"{name}.quantize.kind"),
                 "has no effect, as kind is int8, whose scales stay in fp32; leave it out",
             )
+    answering = recipe.generate.quantize
+    bits = answering.kind if isinstance(answering, Quantization) else answering
+    if recipe.method.kind in ("loha", "lokr") and bits == "nf4":
+        said = UNQUANTISED[recipe.method.kind]["nf4"].format("nf4 (generate.quantize)")
+        said = said.replace("model.quantize: int8", "generate.quantize: int8")
+        yield Conflict(("generate.quantize", "method.kind"), f"nf4: {recipe.method.kind} {said}")
     if recipe.model.quantize == "none":
         return
     held = recipe.model.quantize if isinstance(recipe.model.quantize, str) else recipe.model.quantize.kind
-    if recipe.method.kind == "full":
+    if why := UNQUANTISED.get(recipe.method.kind, {}).get(held):
         yield Conflict(
-            ("method.kind", "model.quantize"),
-            f"full trains every weight, and weights in {held} (model.quantize) cannot be trained; "
-            "take lora, or model.quantize: none",
+            ("method.kind", "model.quantize"), f"{recipe.method.kind} {why.format(f'{held} (model.quantize)')}"
         )
     elif recipe.method.bias != "none":
         yield Conflict(

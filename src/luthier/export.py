@@ -55,6 +55,8 @@ def export(base: Path, adapter: Path, out: Path, *, say: Say) -> None:
 
 def _plain_lora(adapter: Path) -> LoraConfig:
     config, plain = read_adapter_config(adapter), LoraConfig().to_dict()
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{adapter}: an adapter of type {config.peft_type.value} cannot be exported; ship its folder")
     if odd := sorted(key for key, value in config.to_dict().items() if key not in RENAMED and value != plain.get(key)):
         raise ModelError(f"{adapter}: an adapter with {', '.join(odd)} cannot be exported; luthier merge takes it")
     return config

@@ -24,7 +24,9 @@ _LENGTH = "data.max_length (longest row in tokens; data.too_long says what happe
 _TARGET = "method.target (a list of layers' names, or all_linear)"
 _LAYERS = "method.target (name the layers)"
 _SAVED = "method.modules_to_save (layers trained whole, a list)"
-_KIND = "method.kind (lora or full)"
+_KIND = "method.kind (lora, full, prefix, bottleneck and others)"
+_VIRTUAL = "method.virtual_tokens (with kind: prompt, prefix, p_tuning or llama_adapter)"
+_LAST = "method.layers (with kind: freeze, the last so many)"
 _STEPS = "train.steps (optimizer steps, instead of train.epochs)"
 _WARMUP = "train.warmup (an integer is steps, a share of all steps is 0 < x < 1)"
 _BETAS = "train.betas (both of AdamW's, as in [0.9, 0.999])"
@@ -204,11 +206,20 @@ _TABLE: dict[str, tuple[str, str]] = {
     "additional_target": (_LF, _SAVED),
     "lora_parameters": (_MLX, "method (r, alpha, dropout)"),
     "task_type": (_PEFT, _TASK),
-    "use_dora": (_PEFT, f"method.kind: dora, which is {LATER}"),
-    "use_rslora": (_PEFT, f"method.kind: rslora, which is {LATER}"),
-    "pissa_init": (_LF, f"method.kind: pissa, which is {LATER}"),
-    "num_virtual_tokens": (_PEFT, f"method.virtual_tokens, which is {LATER}"),
-    "pre_seq_len": (_GLM, f"method.virtual_tokens, which is {LATER}"),
+    "use_dora": (_PEFT, "method.kind (dora)"),
+    "use_rslora": (_PEFT, "method.kind (rslora)"),
+    "pissa_init": (_LF, "method.kind (pissa)"),
+    "init_lora_weights": (f"{_PEFT}, {_MS}", "method.kind (pissa, olora; lora starts without effect)"),
+    "num_virtual_tokens": (_PEFT, _VIRTUAL),
+    "pre_seq_len": (_GLM, _VIRTUAL),
+    "adapter_len": (_PEFT, _VIRTUAL),
+    "adapter_layers": (_PEFT, "method.layers (with kind: llama_adapter, the last so many)"),
+    "prompt_tuning_init": (_PEFT, "method.init (a text; null starts from real tokens)"),
+    "prompt_tuning_init_text": (_PEFT, "method.init (a text)"),
+    "prefix_projection": (f"{_PEFT}, {_GLM}", "nothing to set (a prefix starts from the keys and values of a text)"),
+    "feedforward_modules": (_PEFT, _TARGET),
+    "freeze_trainable_layers": (_LF, _LAST),
+    "num_layer_trainable": (_LF, _LAST),
     # train
     "stage": (_LF, _TASK),
     "do_train": (_T, "nothing in the recipe; on the command line: luthier train"),
@@ -298,17 +309,11 @@ FOREIGN = {name: Foreign(tools, here) for name, (tools, here) in _TABLE.items()}
 
 FUTURE_KEYS = (
     "data.replay",
-    "method.init",
-    "method.virtual_tokens",
     "demo",
 )
 """Keys of Luthier's own vocabulary that this version does not know yet."""
 
-FUTURE_VALUES = {
-    "method.kind": frozenset(
-        {"dora", "rslora", "pissa", "ia3", "prompt", "prefix", "p_tuning", "llama_adapter", "bottleneck", "freeze"}
-    ),
-}
+FUTURE_VALUES: dict[str, frozenset[str]] = {}
 """Values of Luthier's own vocabulary that this version does not know yet."""
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
@@ -324,7 +329,23 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "model.quantize": _QUANTS,
     "model.quantize.kind": _QUANTS,
     "model.quantize.compute_dtype": _DTYPES,
-    "method.kind": {"qlora": "lora, with model.quantize: nf4"},
+    "method.kind": {
+        "qlora": "lora, with model.quantize: nf4",
+        "qdora": "dora, with model.quantize: nf4",
+        "prompt_tuning": "prompt",
+        "prefix_tuning": "prefix",
+        "ptuning": "p_tuning",
+        "p-tuning": "p_tuning",
+        "ptuning_v2": "prefix",
+        "p_tuning_v2": "prefix",
+        "adaption_prompt": "llama_adapter",
+        "llama-adapter": "llama_adapter",
+        "adapter": "bottleneck",
+        "houlsby": "bottleneck, with method.placement: houlsby",
+        "pfeiffer": "bottleneck, with method.placement: pfeiffer",
+        "(ia)^3": "ia3",
+        "lntuning": "ln_tuning",
+    },
     "method.target": {"all-linear": "all_linear", "all": "all_linear"},
     "train.schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
     "train.optimizer": {

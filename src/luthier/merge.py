@@ -39,6 +39,7 @@ from luthier.models.load import (
     load_tokenizer,
     read_config,
 )
+from luthier.models.scaling import part_way
 from luthier.models.tokenizers import save_tokenizer, vendor_tokenizer
 from luthier.models.weights import DTYPES, Weights, name_of, open_weights
 from luthier.rehearsal import bare_model
@@ -96,6 +97,7 @@ def merge(
     ends: Sequence[int] = (),
     note: Callable[[Path], None] | None = None,
     trained: ModelSection | None = None,
+    strength: float = 1.0,
 ) -> MergeReport:
     """Write base + adapter as a model folder of its own, unverified yet.
 
@@ -103,7 +105,8 @@ def merge(
     model, as full fine-tuning leaves it: then it is copied in `dtype`. `ends` are token ids that end an answer under
     the run's template; they join the end tokens in generation_config.json. `note` adds the
     caller's own files to the folder before it gets its name, so that `out` is never there without them. `trained` is
-    how the base was held in training: where it was quantised, the verification measures what that changes.
+    how the base was held in training: where it was quantised, the verification measures what that changes. With another
+    `strength` than 1 every weight goes that fraction of its way from base to tuned.
     Errors: ModelError when out is taken or part of the inputs, or the adapter cannot be merged into this base.
     """
     kind: Literal["lora", "full"] = "lora" if (adapter / CONFIG).is_file() else "full"
@@ -118,12 +121,14 @@ def merge(
     chosen = name_of(stored.dtype) if dtype == "auto" else dtype
     if chosen not in DTYPES:
         raise ModelError(f"{base} is stored in {chosen}; merge.dtype must name one of {', '.join(DTYPES)}")
-    changes = _changes(adapter) if kind == "lora" else {}
+    changes = _changes(adapter, strength) if kind == "lora" else {}
     tied, differ = _tied(model, weights)
     untied = differ or any(name in changes for pair in tied.items() for name in pair)
     outputs = _outputs(weights, stored, changes, tied, untied, dtype, adapter)
     _check_space(out, outputs)
-    if kind == "full":
+    if kind == "full" and strength != 1:
+        changes = _part_way(outputs, weights, stored, tied, strength)
+    elif kind == "full":
         say(f"{adapter} is a whole model (full fine-tuning): copied in {chosen}, there is nothing to add to it")
     with folder_atomic(out) as folder:
         _write_weights(folder, weights, outputs, changes)
@@ -139,11 +144,13 @@ def merge(
             "verified": None,
             "figures": None,
             **_quantised(trained),
+            **({} if strength == 1 else {"strength": strength}),
         }
         write_json(folder / MERGE_NOTE, record)
         if note is not None:
             note(folder)
-    say(f"{out}: {len(changes)} of {len(outputs)} tensors changed, in {chosen}" + (", head untied" if untied else ""))
+    more = ("" if strength == 1 else f", at strength {strength:g}") + (", head untied" if untied else "")
+    say(f"{out}: {len(changes)} of {len(outputs)} tensors changed, in {chosen}{more}")
     if opened_by := families.opened_by(config):
         say(f"{out}: {opened_by}")
     return MergeReport(out, kind, chosen, len(outputs), len(changes), untied)
@@ -160,9 +167,11 @@ def _quantised(trained: ModelSection | None) -> dict[str, Any]:
 # -- what changes -------------------------------------------------------------------------------------------------
 
 
-def _changes(adapter: Path) -> dict[str, _Change]:
+def _changes(adapter: Path, strength: float) -> dict[str, _Change]:
     """The adapter's tensors as changes, by the name of the model's tensor. Errors: ModelError on what is not that."""
     config, tensors = read_adapter_config(adapter), read_adapter(adapter)
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{adapter}: an adapter of type {config.peft_type.value} cannot be merged; ship its folder")
     plain = LoraConfig().to_dict()
     odd = [key for key, value in config.to_dict().items() if key not in MERGEABLE and value != plain.get(key)]
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
@@ -175,14 +184,15 @@ def _changes(adapter: Path) -> dict[str, _Change]:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             b = tensors[key.replace("lora_A", "lora_B")]
-            scale = _scale(config, module, tensor)
+            scale = strength * _scale(config, module, tensor)
             changes[f"{module}.weight"] = _low_rank(tensor, b, scale, transposed=config.fan_in_fan_out)
         elif name.endswith(".lora_embedding_A"):
             module = name.removesuffix(".lora_embedding_A")
             b = tensors[key.replace("embedding_A", "embedding_B")]
-            changes[f"{module}.weight"] = _low_rank(tensor, b, _scale(config, module, tensor), transposed=True)
+            scale = strength * _scale(config, module, tensor)
+            changes[f"{module}.weight"] = _low_rank(tensor, b, scale, transposed=True)
         elif ".lora_" not in name:
-            changes[name.replace(".base_layer.", ".")] = _instead(tensor)
+            changes[name.replace(".base_layer.", ".")] = _instead(tensor, strength)
         elif not name.endswith((".lora_B.weight", ".lora_embedding_B")):
             raise ModelError(f"{adapter}: its tensor {key} is none that a merge knows")
     return changes
@@ -204,8 +214,22 @@ def _low_rank(a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> _Chang
     return _Change(shape[::-1] if transposed else shape, apply)
 
 
-def _instead(tensor: Tensor) -> _Change:
-    return _Change(tuple(tensor.shape), lambda _: tensor.float())
+def _instead(tensor: Tensor, strength: float) -> _Change:
+    return _Change(tuple(tensor.shape), lambda base: part_way(base, tensor.float(), strength))
+
+
+def _part_way(
+    outputs: list[_Output], tuned: Weights, base: Weights, tied: dict[str, str], strength: float
+) -> dict[str, _Change]:
+    """What full fine-tuning moved, as changes of the tuned model's own tensors back on their way to the base's."""
+
+    def back(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda moved: part_way(base.tensors[name].read(), moved, strength)
+
+    twins = tied | {kept: alias for alias, kept in tied.items()}
+    names = {one.name: one.source if one.source in base.tensors else twins[one.source] for one in outputs}
+    floats = [one for one in outputs if isinstance(tuned.tensors[one.source].dtype, torch.dtype)]
+    return {one.name: _Change(tuned.tensors[one.source].shape, back(names[one.name])) for one in floats}
 
 
 def _as_named(weights: Weights, model: Any) -> Weights:

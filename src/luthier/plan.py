@@ -29,6 +29,7 @@ from luthier.engine.forward import Route, adopt, base_of, rotary_border
 from luthier.engine.memory import free_memory
 from luthier.engine.proof import rows_to_prove
 from luthier.errors import HubError
+from luthier.methods import whole
 from luthier.models import quantize
 from luthier.models.adapters import attach
 from luthier.models.load import (
@@ -141,7 +142,7 @@ class Bare:
 
     @property
     def dropout(self) -> bool:
-        return self.recipe.method.kind == "lora" and self.recipe.method.dropout > 0
+        return self.recipe.method.dropout > 0
 
     def model(self, say: Say = lambda _: None) -> Any:
         """The adapted model; says its footprint first and the share that trains last. Errors: ModelError."""
@@ -248,7 +249,7 @@ def optimizer_bytes(parameters: Sequence[nn.Parameter], optimizer: str) -> int:
 def _without_pass(model: Any, bare: Bare) -> Memory:
     """All that a pass has no part in."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    full = bare.recipe.method.kind == "full"
+    full = whole(bare.recipe.method.kind)
     size_of_trained = sum(parameter.nbytes for parameter in trained)
     return Memory(
         weights=quantize.bytes_of([p for p in model.parameters() if full or not p.requires_grad]),
@@ -379,7 +380,7 @@ def _tokens(data: Data, order: Order, steps: int) -> int:
 
 def _disk(bare: Bare, model: Any, known: Memory, steps: int | None, order: Order | None) -> dict[str, int]:
     """Bytes: what one result, one checkpoint, all that are kept, and a merged model take (room.py measures it)."""
-    section, full = bare.recipe.train, bare.recipe.method.kind == "full"
+    section, full = bare.recipe.train, whole(bare.recipe.method.kind)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     beside = sum(file.stat().st_size for file in bare.path.glob("token*"))
     result = (known.weights if full else known.adapter) + beside

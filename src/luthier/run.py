@@ -27,6 +27,7 @@ from luthier.loaded import (
     sampled,
     write_note,
 )
+from luthier.methods import whole
 from luthier.quiet import quiet
 from luthier.recipe import load_recipe, run_name, save_recipe
 from luthier.replies import said
@@ -75,11 +76,11 @@ class Run:
 
         return compare(self)
 
-    def merge(self, out: str | Path) -> MergeReport:
+    def merge(self, out: str | Path, strength: float = 1.0) -> MergeReport:
         """A stand-alone model folder, verified, as `luthier merge` does it."""
         from luthier.verbs import merge
 
-        return merge(self, Path(out))
+        return merge(self, Path(out), strength=strength)
 
 
 def open_run(path: str | Path) -> Run:
@@ -146,19 +147,19 @@ def load_run(run: Run, *, base: bool = False, say: Say = lambda _: None) -> Load
 
     device = device_to_answer(run.recipe.train.devices, say)
     path, tokenizer, encoder = load_encoder(run.recipe, say, today_of(run.folder))
-    whole = run.recipe.method.kind == "full"
+    is_whole = whole(run.recipe.method.kind)
     result, section = result_folder(run), held(run.recipe, device)
-    if whole and not base:
+    if is_whole and not base:
         path, section = result, section.model_copy(update={"name": str(result)})
     model = load_model(path, answering(section, run.recipe.generate), device, say=say)
-    if not whole and not base:
+    if not is_whole and not base:
         model = load_adapter(model, result)
     return ready(model, tokenizer, encoder)
 
 
 def result_folder(run: Run) -> Path:
     """Where the run's adapter (or, after full fine-tuning, model) lies. Errors: RunError where it is not there yet."""
-    folder = run.folder.model if run.recipe.method.kind == "full" else run.folder.adapter
+    folder = run.folder.model if whole(run.recipe.method.kind) else run.folder.adapter
     if not folder.is_dir():
         raise RunError(
             f"{run.folder.path}: nothing is trained there yet; go on with: luthier train {run.folder.path} --resume"
@@ -324,7 +325,7 @@ def _as_trained(run: Run, bench: Workbench) -> bool:
 
     trained, asked = run.recipe.model, answering(run.recipe.model, run.recipe.generate)
     alike = quantization(trained.quantize) == quantization(asked.quantize)
-    return bool(run.recipe.method.kind != "full" and bench.model.dtype == bench.stored and alike)
+    return bool(not whole(run.recipe.method.kind) and bench.model.dtype == bench.stored and alike)
 
 
 def _saved(run: Run, bench: Workbench) -> Loaded:

@@ -149,23 +149,59 @@ class DataSection(Section):
 
 
 class MethodSection(Section):
-    """How the model is changed."""
+    """How the model is changed. A key that the kind does not take is an error."""
 
-    kind: Literal["lora", "full"] = "lora"
-    """lora: low-rank adapters on linear layers; full: every weight."""
+    kind: Literal[
+        "lora",
+        "dora",
+        "rslora",
+        "pissa",
+        "ia3",
+        "prompt",
+        "prefix",
+        "p_tuning",
+        "llama_adapter",
+        "bottleneck",
+        "freeze",
+        "full",
+        "olora",
+        "adalora",
+        "vera",
+        "oft",
+        "boft",
+        "loha",
+        "lokr",
+        "ln_tuning",
+    ] = "lora"
+    """lora: low-rank adapters on linear layers; dora, rslora, pissa: LoRA with magnitudes, with the scale alpha / √r,
+    from the weight's largest parts; ia3: factors on keys, values and feed-forwards; prompt, prefix, p_tuning: virtual
+    tokens before a row; llama_adapter: gated ones in the upper layers; bottleneck: small layers behind the model's;
+    freeze: the last layers whole; full: every weight. The others are PEFT's, without tuned defaults."""
     r: PositiveInt = 8
-    """Rank of the adapters."""
+    """Rank of the adapters (lora, dora, rslora, pissa, olora, adalora, vera, loha, lokr)."""
     alpha: float = Field(default=16.0, gt=0)
-    """The adapter's output is scaled by alpha / r."""
+    """The adapter's output is scaled by alpha / r (rslora: alpha / √r)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' input while training."""
+    """Dropout on the adapters' input while training (lora, dora, rslora)."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train beside the adapters."""
+    """Which biases train beside the adapters (lora, dora, rslora, pissa, olora)."""
     target: Literal["auto", "all_linear"] | Texts = "auto"
-    """auto and all_linear: every linear layer but the head; or layers' names. One that matches nothing is an error.
+    """auto and all_linear: every linear layer but the head (ia3 with auto: the family's keys, values and
+    feed-forwards); or layers' names. One that matches nothing is an error.
     On ChatGLM3 and GLM, query_key_value is q_proj, k_proj and v_proj with one A, as their vendor has them."""
     modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, as embed_tokens or lm_head."""
+    virtual_tokens: PositiveInt | None = None
+    """Virtual tokens (prompt, prefix, p_tuning, llama_adapter); null: 20, of llama_adapter 10."""
+    init: Text | None = None
+    """A text that prompt and prefix start from; null: embeddings of real tokens, and keys and values of a text of the
+    run's own."""
+    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    """bottleneck: behind attention and feed-forward (houlsby), or behind the feed-forward alone (pfeiffer)."""
+    size: PositiveInt = 64
+    """bottleneck: width of the narrow layer."""
+    layers: PositiveInt | None = None
+    """freeze: so many of the last layers train (null: 2); llama_adapter: so many get prompts (null: all but 2)."""
 
 
 def _one_epoch(given: dict[str, Any]) -> float | None:

@@ -18,6 +18,7 @@ from luthier import hub
 from luthier.errors import RecipeError
 from luthier.folder import RunFolder, read_json, write_atomic, write_json
 from luthier.loaded import Loaded, Prompt, Say, load_data, load_encoder, load_folder, write_note
+from luthier.methods import METHODS, whole
 from luthier.quiet import quiet
 from luthier.recipe import load_prompts, read_prompts
 from luthier.replies import said
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from luthier.merge import MergeReport
     from luthier.plan import Plan
     from luthier.replies import Comparison
+    from luthier.strength import Strengths
 
 
 def look(
@@ -180,10 +182,9 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     from luthier.view.sidebyside import compare_html, markdown, show
 
     tuned = load_run(run, say=say)
-    whole = run.recipe.method.kind == "full"
     comparison = ask(
         _base_side(run, tuned, say),
-        _let_go(tuned.model) if whole else nullcontext(tuned.model),
+        _let_go(tuned.model) if whole(run.recipe.method.kind) else nullcontext(tuned.model),
         prompts=load_prompts(run.recipe.generate),
         data=load_data(run.recipe, tuned.encoder, _silent),
         encoder=tuned.encoder,
@@ -205,6 +206,17 @@ def compare(run: Run, *, rows: int = 128, say: Say = print) -> Comparison:
     return comparison
 
 
+def strengths(run: Run, *, rows: int | None = None, text: Path | None = None, say: Say = print) -> Strengths:
+    """The run's adapter at several strengths, task against forgetting; strength.{md,html,json} in the run folder.
+
+    Errors: RecipeError for a method that has no strength, or where nothing can be measured; DataError for a bad `text`.
+    """
+    quiet()
+    from luthier.strength import ROWS, strengths_of
+
+    return strengths_of(run, rows=ROWS if rows is None else rows, text=text, say=say)
+
+
 @contextmanager
 def _let_go(model: Any) -> Iterator[Any]:
     """The model; behind the block its memory is free, whoever still holds it, so that the base has room."""
@@ -216,26 +228,33 @@ def _let_go(model: Any) -> Iterator[Any]:
 
 @contextmanager
 def _base_side(run: Run, tuned: Loaded, say: Say) -> Iterator[Any]:
-    """The model that the run started from: its adapter switched off, or after full fine-tuning the base itself."""
+    """The model that the run started from: its adapter switched off, or where base weights trained the base itself."""
     from luthier.models.adapters import adapter_off
 
-    if run.recipe.method.kind == "full":
+    if whole(run.recipe.method.kind):
         yield load_run(run, base=True, say=say).model
         return
     with adapter_off(tuned.model):
         yield tuned.model
 
 
-def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
-    """The run's base and adapter as one model folder, verified in a fresh process from disk.
+def merge(run: Run, out: Path, *, strength: float | str = 1.0, say: Say = print) -> MergeReport:
+    """The run's base and adapter as one model folder, the adapter at `strength`, verified in a fresh process from disk.
 
-    Errors: ModelError for a folder that is taken; RunError where the merged model is not the same model.
+    Errors: RecipeError for a bad strength; ModelError for a folder that is taken; RunError where the merged model is
+    not the same model.
     """
     quiet()
     from luthier.merge import merge as merge_folders
     from luthier.models.device import pick_device
+    from luthier.models.scaling import strength_of
     from luthier.verify import POSITIONS, verify, write_rows
 
+    asked = strength_of(strength)
+    if asked == 0:
+        raise RecipeError("--strength 0 is the base itself: there is nothing to merge")
+    if reason := METHODS[run.recipe.method.kind].reason:
+        raise RecipeError(f"{run.folder.shown}: {run.recipe.method.kind} cannot be merged: {reason}")
     path, _, encoder = load_encoder(run.recipe, say, today_of(run.folder))
     data = load_data(run.recipe, encoder, _silent)
     report = merge_folders(
@@ -247,6 +266,7 @@ def merge(run: Run, out: Path, *, say: Say = print) -> MergeReport:
         ends=encoder.end_ids,
         note=lambda folder: write_note(folder, encoder, run.recipe.data),
         trained=held(run.recipe, pick_device("auto")),
+        strength=asked,
     )
     parts = [part for part in (data.eval, data.train) if part is not None]
     examples = (part[i] for part in parts for i in range(len(part)))
@@ -269,7 +289,7 @@ def _noted(run: Run, out: Path) -> Iterator[None]:
         yield
     finally:
         note = json.loads((out / MERGE_NOTE).read_text("utf-8"))
-        line = {key: note.get(key) for key in ("dtype", "verified", "figures", "quantised")}
+        line = {key: note.get(key) for key in ("dtype", "verified", "figures", "quantised", "strength")}
         known = read_json(run.folder.merges) or []
         write_json(run.folder.merges, [*known, {"out": str(out), "time": round(time.time(), 3), **line}])
         write_report(run.folder)

@@ -152,9 +152,8 @@ def _beside_quantised(note: dict[str, Any], kept: list[Path], rows: list[Row], d
         widen(model)  # both are computed in fp32: what differs is the quantisation
         settle(model, None)
         parts = []
-        for path, logits in zip(
-            kept, _logits(load_adapter(model, Path(note["adapter"])), rows, wide=False), strict=True
-        ):
+        adapted = _adapted(load_adapter(model, Path(note["adapter"])), note)
+        for path, logits in zip(kept, _logits(adapted, rows, wide=False), strict=True):
             parts += _in_chunks(logits, torch.from_numpy(np.load(path)), DTYPES[note["dtype"]])
     except Exception as error:  # whatever bitsandbytes raises: the merge itself is proven
         return {**note["quantised"], "reason": (str(error).strip() or type(error).__name__).partition("\n")[0]}
@@ -192,8 +191,30 @@ def _reference(note: dict[str, Any], dtype: torch.dtype, device: torch.device) -
     if adapter_hash(Path(note["adapter"])) != note["adapter_sha256"]:
         raise ModelError(f"{note['adapter']} is not what was merged: it changed since")
     if note["kind"] == "full":
-        return from_folder(Path(note["adapter"]), dtype, device)[0]
-    return load_adapter(from_folder(Path(note["base"]), dtype, device)[0], Path(note["adapter"]))
+        return _whole(note, dtype, device)
+    return _adapted(load_adapter(from_folder(Path(note["base"]), dtype, device)[0], Path(note["adapter"])), note)
+
+
+def _adapted(model: PeftModel, note: dict[str, Any]) -> PeftModel:
+    """The adapter at the strength at which it was merged, to stay so."""
+    from luthier.models.scaling import set_strength
+
+    set_strength(model, note.get("strength", 1.0))
+    return model
+
+
+def _whole(note: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """After full fine-tuning: the model that trained, or at part of its strength; that is computed in fp32 here too."""
+    from luthier.models.load import from_folder
+    from luthier.models.scaling import differing, set_whole
+
+    tuned, strength = Path(note["adapter"]), note.get("strength", 1.0)
+    if strength == 1:
+        return from_folder(tuned, dtype, device)[0]
+    model = from_folder(tuned, torch.float32, device)[0]
+    moved = differing(from_folder(Path(note["base"]), torch.float32, device)[0], model)
+    set_whole(model, moved, strength)
+    return model.to(dtype)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import ModelError
 from luthier.folder import RunFolder
 from luthier.loaded import Prompt, Say, load_data, load_encoder, prompt_ids
+from luthier.methods import trains_base, whole
 from luthier.recipe import load_prompts
 from luthier.resume import check_same_data, today_of
 from luthier.sections import ModelSection, Recipe, TrainSection
@@ -84,7 +85,7 @@ def _check_before_data(path: Path, recipe: Recipe) -> None:
     from luthier.rehearsal import bare_model
 
     native = check_architecture(path, read_config(path), recipe.model.trust_vendor_code)
-    if native and recipe.method.kind != "full":
+    if native and not whole(recipe.method.kind):
         bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
         attach(bare, recipe.method, recipe.train.seed, say=lambda _: None)
 
@@ -116,9 +117,8 @@ def check_window(model: Any, data: Data, path: Path) -> None:
 
 def held(recipe: Recipe, device: Any) -> ModelSection:
     """Under train.precision: fp16 a GPU holds frozen weights so as well, unless the recipe names another format."""
-    method, fp16 = recipe.method, recipe.train.precision == "fp16" and device.type == "cuda"
-    frozen = method.kind != "full" and method.bias == "none" and not method.modules_to_save
-    if fp16 and frozen and recipe.model.dtype == "auto":
+    fp16 = recipe.train.precision == "fp16" and device.type == "cuda"
+    if fp16 and not trains_base(recipe.method) and recipe.model.dtype == "auto":
         return recipe.model.model_copy(update={"dtype": "fp16"})
     return recipe.model
 

@@ -25,7 +25,6 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import ModelError
 from luthier.models.adapters import (
-    _is_linear,
     adapter_hash,
     adapter_off,
     attach,
@@ -35,6 +34,7 @@ from luthier.models.adapters import (
     save_adapter,
 )
 from luthier.models.load import load_model
+from luthier.models.targets import is_linear
 from luthier.quiet import quiet
 from luthier.sections import MethodSection, ModelSection, TrainSection
 from rows import fit, random_rows
@@ -194,8 +194,8 @@ def test_every_linear_layer_by_what_it_computes_not_by_its_class(kind: str, conf
 
 
 def test_a_layer_that_is_grouped_is_no_linear_layer() -> None:
-    assert not _is_linear(DeepseekV4GroupedLinear(8, 12, 4))
-    assert _is_linear(torch.nn.Linear(8, 12)) and _is_linear(Conv1D(8, 12)) and not _is_linear(torch.nn.Embedding(8, 8))
+    assert not is_linear(DeepseekV4GroupedLinear(8, 12, 4))
+    assert is_linear(torch.nn.Linear(8, 12)) and is_linear(Conv1D(8, 12)) and not is_linear(torch.nn.Embedding(8, 8))
 
 
 def test_gpt2_trains_as_the_reference_says_and_plain_peft_loads_it(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_dropout_that_cannot_be_keyed_is_refused_when_the_adapter_is_made(tmp_pa
     mlp = model.model.layers[0].mlp
     mlp.register_forward_pre_hook(lambda module, args: (args[0][:, :3],))
     mlp.register_forward_hook(lambda module, args, out: torch.zeros(2, 8, 64))
-    with pytest.raises(ModelError, match=r"^LoRA dropout on model\.layers\.0\.mlp\..*; set method\.dropout: 0$"):
+    with pytest.raises(ModelError, match=r"^dropout on model\.layers\.0\.mlp\..*; set method\.dropout: 0$"):
         attach(model, MethodSection(dropout=0.1), 1, say=print)
 
 
@@ -380,9 +380,9 @@ def test_folders_that_are_no_adapter(saved: tuple[Path, Path], tmp_path: Path) -
     base, adapter = saved
     refused(base, tmp_path / "nowhere", "{adapter}: not an adapter folder (it has no adapter_config.json)")
     config = adapter / "adapter_config.json"
-    config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
-    refused(base, adapter, "{adapter}: an adapter of type IA3; LORA is the only one known")
-    config.write_text(config.read_text().replace('"IA3"', '"LORA"'))
+    config.write_text(config.read_text().replace('"LORA"', '"C3A"'))
+    refused(base, adapter, "{adapter}: an adapter of type C3A; known are LORA, IA3, PROMPT_TUNING, PREFIX_TUNING, ")
+    config.write_text(config.read_text().replace('"C3A"', '"LORA"'))
     (adapter / "adapter_model.safetensors").write_bytes(b"12345")
     refused(base, adapter, "{adapter}: its adapter_model.safetensors cannot be read (")
 

@@ -8,15 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from luthier.cli.recipe import recipe_app
+from luthier.cli.results import compare, export, merge, report
 from luthier.cli.runs import runs_app
-from luthier.cli.words import Overrides, Recipe, RunPath, aside, say
+from luthier.cli.words import Overrides, Recipe, aside, say, say_next
 from luthier.errors import LuthierError, RecipeError
 from luthier.training.launch import rank, speaks
 from luthier.words import quoted
@@ -34,12 +34,6 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
-
-
-class Layout(StrEnum):
-    """In which an adapter is exported."""
-
-    VENDOR = "vendor"
 
 
 def main() -> None:
@@ -162,7 +156,7 @@ def train(
     say(f"{'model' if run.recipe.method.kind == 'full' else 'adapter'}: {outcome.saved}")
     say(f"page: {folder / 'report.html'}")
     name = quoted(folder)
-    _say_next(f"luthier compare {name}", f"luthier merge {name} -o DIR", f"luthier chat {name}")
+    say_next(f"luthier compare {name}", f"luthier merge {name} -o DIR", f"luthier chat {name}")
 
 
 @app.command()
@@ -241,65 +235,8 @@ def chat(
     verbs.chat(target, adapter=adapter, base=base, system=system, read=_read_turn, write=_write, say=aside)
 
 
-@app.command()
-def compare(
-    run: RunPath,
-    rows: Annotated[int, typer.Option(min=0, help="Held-out rows to answer, beside the recipe's prompts.")] = 128,
-) -> None:
-    """Ask base and tuned the same prompts.
-
-    The recipe's prompts and held-out rows; a table, compare.md, compare.html and compare.json.
-    """
-    from luthier import verbs
-    from luthier.run import open_run
-    from luthier.runs import find_run
-
-    opened = open_run(find_run(str(run)).path)
-    verbs.compare(opened, rows=rows, say=say)
-    _say_next(f"luthier merge {quoted(opened.folder.shown)} -o DIR")
-
-
-@app.command()
-def merge(
-    run: RunPath,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the merged model.")],
-) -> None:
-    """Base + adapter → one model folder, verified."""
-    from luthier import verbs
-    from luthier.run import open_run
-    from luthier.runs import find_run
-
-    verbs.merge(open_run(find_run(str(run)).path), out, say=say)
-    _say_next(f'luthier generate {quoted(out)} --prompt "…"', f"luthier chat {quoted(out)}")
-
-
-@app.command()
-def export(
-    run: RunPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the adapter.")],
-    _layout: Annotated[Layout, typer.Option("--layout", help="Whose layers it fits.")] = Layout.VENDOR,
-) -> None:
-    """A run's adapter for the vendor's own layers.
-
-    ChatGLM3's query_key_value is three layers here; every other family's adapter fits as it is.
-    """
-    from luthier import verbs
-    from luthier.run import open_run
-    from luthier.runs import find_run
-
-    verbs.export(open_run(find_run(str(run)).path), out, say=say)
-
-
-@app.command()
-def report(run: RunPath) -> None:
-    """Write report.html: a run on one page.
-
-    A run writes it when it ends, a comparison and a merge write it again; this one at any time.
-    """
-    from luthier.runs import find_run
-    from luthier.view.report import write_report
-
-    say(f"page: {write_report(find_run(str(run)))}")
+for verb in (compare, merge, export, report):
+    app.command()(verb)
 
 
 @app.command()
@@ -360,12 +297,6 @@ def _utf8(read: Callable[[], str]) -> str:
         return read()
     except UnicodeDecodeError as error:
         raise RecipeError(f"standard input: not UTF-8 (byte {error.start}); send UTF-8") from None
-
-
-def _say_next(*commands: str) -> None:
-    """What to do next, a command a line."""
-    for number, command in enumerate(commands):
-        say(f"{'     ' if number else 'next:'} {command}")
 
 
 def _exit_if_stopped(run: Run) -> None:

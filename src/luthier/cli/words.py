@@ -42,3 +42,9 @@ def say(line: str) -> None:
 def aside(line: str) -> None:
     """A line that is no part of the verb's output."""
     print(line, file=sys.stderr, flush=True)
+
+
+def say_next(*commands: str) -> None:
+    """What to do next, a command a line."""
+    for number, command in enumerate(commands):
+        say(f"{'     ' if number else 'next:'} {command}")

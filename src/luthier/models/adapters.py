@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.pytorch_utils import Conv1D
 
 from luthier.engine import dropout
 from luthier.errors import ModelError
 from luthier.folder import write_json
-from luthier.models import quantize
-from luthier.models.fused import difference, fused_names, tie, unfused
+from luthier.methods import METHODS, trains_base, whole
+from luthier.models import quantize, starts
+from luthier.models.fused import difference, tie
+from luthier.models.kinds import config_of, settle
 from luthier.models.load import Say
+from luthier.models.ownmethods import decoder_layers
 from luthier.models.tokenizers import save_tokenizer
 from luthier.models.weights import name_of, weight_files
 from luthier.sections import MethodSection
@@ -36,56 +39,101 @@ MERGE_NOTE = "luthier_merge.json"
 """In a merged folder: which adapter it already contains, and whether that was verified."""
 
 
+FEW = 2
+"""Layers that `freeze` trains where the recipe says nothing."""
+OWN = {"BOTTLENECK": "luthier.models.bottleneck", "ZERO_ATTENTION": "luthier.models.zero_attention"}
+"""Types of adapters that PEFT knows only when this module is imported."""
+KNOWN = (
+    *("LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", *OWN),
+    *("ADALORA", "VERA", "OFT", "BOFT", "LOHA", "LOKR", "LN_TUNING"),
+)
+"""Types of adapters that can be loaded, as an adapter folder's peft_type."""
+
+
 def attach(
     model: PreTrainedModel, method: MethodSection, seed: int, *, say: Say, revision: str | None = None
 ) -> PreTrainedModel | PeftModel:
     """Make the parts of the model trainable that the method trains, and say how many they are.
 
-    lora: a PeftModel with fp32 adapters, A drawn from `seed`, B zero. full: every parameter. Base weights that
-    themselves train (full, biases, modules_to_save) are turned to fp32, because a step of lr × gradient is mostly
-    below bf16's 8 bits and would be lost; train.precision decides on the arithmetic, by autocast. Quantised weights
-    stay quantised under it. Errors: ModelError when a name in target or modules_to_save matches no layer, when a
-    quantised layer is to train, when PEFT cannot adapt one, or when an adapter's dropout would depend on how rows are
-    cut.
+    full, freeze: the model itself, all of it or the last layers. Any other kind: a PeftModel, its new parts in fp32,
+    drawn from `seed`, without effect at first. Base weights that themselves train (full, freeze, ln_tuning, biases,
+    modules_to_save) are turned to fp32, because a step of lr × gradient is mostly below bf16's 8 bits and would be
+    lost; train.precision decides on the arithmetic, by autocast. Quantised weights stay quantised under it.
+    Errors: ModelError when a name in target or modules_to_save matches no layer, when a quantised layer is to train,
+    when PEFT cannot adapt one, when a model has not the parts that the method changes, or when an adapter's dropout
+    would depend on how rows are cut.
     """
-    if (method.kind == "full" or method.bias != "none" or method.modules_to_save) and model.dtype != torch.float32:
+    about = METHODS[method.kind]
+    if not about.tuned:
+        say(f"{method.kind}: no tuned default: through PEFT with its own settings, and the rate is a first guess")
+    if trains_base(method) and model.dtype != torch.float32:
         say(f"weights turned from {name_of(model.dtype)} to fp32: those that train would lose small updates")
         quantize.widen(model)
-    if method.kind == "full":
-        model.requires_grad_(True)
-        say(f"full: {_share(model)}")
-        return model
-    targets = _targets(model, method)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.r,
-        lora_alpha=int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
-        lora_dropout=method.dropout,
-        bias=method.bias,
-        target_modules=unfused(model, targets),
-        fan_in_fan_out=_is_transposed(model, targets),
-        modules_to_save=method.modules_to_save or None,
-    )
-    _say_untied(model, [*targets, *method.modules_to_save], say)
-    if line := difference(model, targets, method.r):
+    if whole(method.kind):
+        return _unfrozen(model, method, say)
+    if method.kind in ("prompt", "prefix", "p_tuning"):
+        from luthier.models import soft_prompts
+
+        return soft_prompts.attach(model, method, seed, say=say)
+    config, named = _config(model, method)
+    _say_untied(model, [*named, *method.modules_to_save], say)
+    shared = method.kind in ("lora", "dora", "rslora")  # by layers with one A: a start of its own has each in PiSSA
+    if shared and (line := difference(model, named, method.r)):
         say(line)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # PEFT draws A on the CPU, so a seed gives the same adapter on every device
         try:
             adapted = get_peft_model(model, config, revision=revision)
         except ValueError as error:
-            raise _refused(model, targets, error) from error
-    tie(adapted, targets)
+            raise _refused(model, method, named, error) from error
+        if method.kind in ("pissa", "olora"):
+            starts.begin(adapted, method.kind)
+    settle(adapted)
+    if shared:
+        tie(adapted, named)
     dropout.check_keys(adapted)
     _remember_biases(adapted, config)
-    say(f"LoRA r {method.r}, alpha {method.alpha:g} on {' '.join(targets)}: {_share(adapted)}")
+    sizes = f" r {method.r}" if "r" in about.fields else ""
+    sizes += f", alpha {method.alpha:g}" if "alpha" in about.fields else ""
+    say(f"{about.title}{sizes}{' on ' if named else ''}{' '.join(named)}: {_share(adapted)}")
+    if method.kind in ("pissa", "olora"):
+        say(f"{method.kind}: saved as LoRA r {2 * method.r}, its difference from the start, for the base as it is")
     return adapted
+
+
+def _config(model: PreTrainedModel, method: MethodSection) -> tuple[PeftConfig, list[str]]:
+    """PEFT's configuration, and the names of the layers that it adapts, where the recipe can name them."""
+    if method.kind == "bottleneck":
+        from luthier.models import bottleneck
+
+        return bottleneck.config_of(model, method), []
+    if method.kind == "llama_adapter":
+        from luthier.models import zero_attention
+
+        return zero_attention.config_of(model, method), []
+    return config_of(model, method)
+
+
+def _unfrozen(model: PreTrainedModel, method: MethodSection, say: Say) -> PreTrainedModel:
+    """Every weight trains, or those of the last layers. Errors: ModelError where there are not so many."""
+    if method.kind == "full":
+        model.requires_grad_(True)
+        say(f"full: {_share(model)}")
+        return model
+    layers, count = list(decoder_layers(model, "freeze").values()), method.layers or FEW
+    if count > len(layers):
+        raise ModelError(f"method.layers: {count} are more than the model has ({len(layers)}); lower it")
+    model.requires_grad_(False)
+    for layer in layers[len(layers) - count :]:
+        layer.requires_grad_(True)
+    say(f"freeze: the last {count} of {len(layers)} layers train whole: {_share(model)}")
+    return model
 
 
 def save_adapter(
     model: PreTrainedModel | PeftModel, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> None:
-    """Write what was trained, and the tokenizer if given: a PEFT folder, or after full fine-tuning a whole model.
+    """Write what was trained, and the tokenizer if given: a PEFT folder, or (full, freeze) a whole model.
 
     A PEFT folder has adapter_config.json, with the base's absolute path, and adapter_model.safetensors.
     """
@@ -95,11 +143,12 @@ def save_adapter(
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)  # "auto" would ask the hub
+    config = model.peft_config["default"].to_dict()
+    tensors = dict(get_peft_model_state_dict(model, save_embedding_layers=False))  # "auto" would ask the hub
+    starts.as_lora(model, tensors, config)
     # cloned where layers may share it: a safetensors file holds no tensor under two names
     apart = {name: tensor.clone() if ".lora_A." in name else tensor for name, tensor in sorted(tensors.items())}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in apart.items()}, folder / TENSORS)
-    config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["base_model_name_or_path"] = str(Path(model.get_base_model().name_or_path).absolute())
     write_json(folder / CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()})
@@ -108,8 +157,8 @@ def save_adapter(
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Attach an adapter folder to its base, frozen, for inference.
 
-    Errors: ModelError when the folder is no LoRA adapter, does not fit the model tensor by tensor, changes nothing,
-    or is merged into this very model already.
+    Errors: ModelError when the folder is no adapter of a known kind, does not fit the model tensor by tensor, changes
+    nothing, or is merged into this very model already.
     """
     config = read_adapter_config(folder)
     refuse_merged(Path(model.name_or_path), folder)
@@ -118,6 +167,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"{folder}: it does not fit {model.name_or_path} ({error})") from None
+    settle(adapted)
     adapted.requires_grad_(False)  # PEFT leaves trained biases trainable
     _remember_biases(adapted, config)
     fill_adapter(adapted, folder)
@@ -129,7 +179,7 @@ def fill_adapter(model: PeftModel, folder: Path) -> None:
 
     Errors: ModelError naming the tensors that are missing, unknown or of another shape, and those of `read_adapter`.
     """
-    tensors = read_adapter(folder)
+    tensors = starts.as_trained(model, read_adapter(folder))
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     differences = {
         "lacks": sorted(expected.keys() - tensors.keys()),
@@ -144,14 +194,16 @@ def fill_adapter(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """An adapter folder's configuration. Errors: ModelError when there is none or it is not LoRA."""
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """An adapter folder's configuration. Errors: ModelError when there is none or its kind is not known."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: not an adapter folder (it has no {CONFIG})")
     kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"{folder}: an adapter of type {kind}; LORA is the only one known")
-    return LoraConfig.from_pretrained(str(folder))
+    if kind in OWN:
+        importlib.import_module(OWN[kind])
+    if kind not in KNOWN:
+        raise ModelError(f"{folder}: an adapter of type {kind}; known are {', '.join(KNOWN)}")
+    return PeftConfig.from_pretrained(str(folder))
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -203,96 +255,13 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _targets(model: PreTrainedModel, method: MethodSection) -> list[str]:
-    """Last names of the layers that get an adapter: the user's, or every linear layer but the head."""
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    body = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
-    kind = model.config.model_type
-    layers = [name for name, module in model.named_modules() if _is_layer(module)]
-    _check_names(method.modules_to_save, "modules_to_save", layers, kind)
-    _refuse_quantised(model, method.modules_to_save)
-    for name in method.modules_to_save:  # PEFT compares bare endings here: "norm" is "input_layernorm" too
-        if more := [layer for layer in layers if layer.endswith(name) and not f".{layer}".endswith(f".{name}")]:
-            raise ModelError(
-                f"modules_to_save: {name} would take {more[0]} as well; write more of the name, as model.{name}"
-            )
-    if isinstance(method.target, str) and not body:
-        raise ModelError(f"target: this {kind} model has no linear layers beside its head; name layers, or kind: full")
-    if isinstance(method.target, str):
-        return [name for name in _last_names(body) if name not in method.modules_to_save]
-    candidates = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding))]
-    fused = fused_names(model)
-    _check_names(method.target, "target", [*candidates, *fused], kind, shown=_last_names([*body, *fused]))
-    if twice := sorted(set(unfused(model, method.target)) & set(method.modules_to_save)):
-        raise ModelError(f"target and modules_to_save both name {', '.join(twice)}; train it one way or the other")
-    return list(method.target)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Does it give back what a linear layer does? Conv1D is one, stored transposed (GPT-2).
-
-    Some that are called so do not: routers give back tuples, grouped layers other shapes; PEFT would break them.
-    """
-    if isinstance(module, Conv1D) or quantize.is_quantised(module):
-        return True
-    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
-        return isinstance(module, nn.Linear)
-    given = torch.linspace(-1, 1, module.in_features).to(module.weight).expand(2, -1)
-    try:
-        with torch.no_grad():
-            found, expected = module(given.clone()), nn.functional.linear(given, module.weight, module.bias)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False
-    alike = isinstance(found, Tensor) and found.shape == expected.shape
-    return alike and (found.is_meta or torch.allclose(found, expected, rtol=1e-2))
-
-
-def _is_transposed(model: nn.Module, targets: Sequence[str]) -> bool:
-    """Does the first layer that the targets name store its weight transposed? PEFT wants to be told (and is, once)."""
-    named = (module for name, module in model.named_modules() if any(f".{name}".endswith(f".{t}") for t in targets))
-    first = next(named, None)
-    return Conv1D in (type(first), getattr(first, "source_cls", None))  # transformers notes it where it quantises one
-
-
-def _refused(model: PreTrainedModel, targets: Sequence[str], error: ValueError) -> ModelError:
+def _refused(model: PreTrainedModel, method: MethodSection, targets: Sequence[str], error: ValueError) -> ModelError:
     """What PEFT says, without the advice that names its own options, and with ours."""
     said = re.sub(r"^\[PEFT:\S+\] ", "", re.split(r"\n|\. ", str(error))[0]).rstrip(". ")
     others = [name for name in targets if f"'{name}'" not in str(error) and name != UNHEARD]
-    remedy = f"set method.target: [{', '.join(others)}]" if 0 < len(others) < len(targets) else "set method.kind: full"
+    named = "target" in METHODS[method.kind].fields and 0 < len(others) < len(targets)
+    remedy = f"set method.target: [{', '.join(others)}]" if named else "set method.kind: full"
     return ModelError(f"PEFT cannot adapt this {model.config.model_type} model: {said}; {remedy}")
-
-
-def _check_names(
-    asked: Sequence[str], field: str, layers: Sequence[str], kind: str, shown: Sequence[str] | None = None
-) -> None:
-    """Each name must be a layer's, its last part or its last parts, as PEFT matches them."""
-    known = shown or _last_names(layers)
-    for name in asked:
-        if any(layer == name or layer.endswith(f".{name}") for layer in layers):
-            continue
-        close = sorted(difflib.get_close_matches(name, _last_names(layers), n=3, cutoff=0.4))
-        hint = f"close: {', '.join(close)}; " if close else ""
-        kinds = "linear layers" if field == "target" else "layers"
-        there = f"its {kinds} are {', '.join(known)}"
-        raise ModelError(f"{field}: {name} matches no layer of this {kind} model; {hint}{there}")
-
-
-def _refuse_quantised(model: PreTrainedModel, saved: Sequence[str]) -> None:
-    quantised = [name for name, module in model.named_modules() if quantize.is_quantised(module)]
-    for name in saved:
-        if layer := next((layer for layer in quantised if f".{layer}".endswith(f".{name}")), None):
-            raise ModelError(
-                f"modules_to_save: {name}: {layer} is quantised and cannot be trained whole; "
-                "give it an adapter (method.target), or set model.quantize: none"
-            )
-
-
-def _last_names(layers: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
 def _say_untied(model: PreTrainedModel, names: Sequence[str], say: Say) -> None:
@@ -309,9 +278,13 @@ def _share(model: nn.Module) -> str:
     return f"{trained:,} of {total:,} parameters train ({trained / total:.2%})".replace("%", " %")
 
 
-def _remember_biases(model: PeftModel, config: LoraConfig) -> None:
+def _remember_biases(model: PeftModel, config: Any) -> None:
     """Keep the base's own biases: PEFT trains them in place, so switching the adapter off does not bring them back."""
-    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias") and config.bias != "none"]
+    biases = [
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith(".bias") and getattr(config, "bias", "none") != "none"
+    ]
     model.luthier_biases = {name: model.get_parameter(name).detach().clone() for name in biases}
 
 

@@ -19,6 +19,7 @@ from luthier.engine.memory import is_full
 from luthier.engine.rungs import rungs, without_layers
 from luthier.errors import RunError
 from luthier.folder import RunFolder, folder_atomic
+from luthier.methods import whole
 from luthier.sections import EngineSection, TrainSection
 from luthier.training import checkpoint, start
 from luthier.training.budget import decide
@@ -136,7 +137,7 @@ class Training:
             ask,
             kind,
             engine,
-            folder.model if kind == "full" else folder.adapter,
+            folder.model if whole(kind) else folder.adapter,
         )
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)

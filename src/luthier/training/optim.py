@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from luthier.data.batches import exact
 from luthier.errors import RecipeError
+from luthier.methods import METHODS
 from luthier.sections import TrainSection
 
-DEFAULT_LR = {
-    "lora": (2e-4, "adapters start without effect and bear ten times the rate of full fine-tuning"),
-    "full": (2e-5, "every weight moves, and a higher rate forgets what the model knew"),
-}
 LION = 5
 """By how much Lion's rate is below AdamW's: its steps are all of one size (Chen et al. 2023 take 3 to 10)."""
 CONSTANT = ("qmap1", "qmap2")
@@ -27,7 +24,7 @@ SECOND_MOMENTS = ("exp_avg_sq", "absmax2", "state2", "absmax1", "state1")
 
 def default_lr(kind: str, optimizer: str = "adamw") -> tuple[float, str]:
     """The method's learning rate where the recipe says auto, and the reason to print."""
-    rate, why = DEFAULT_LR[kind]
+    rate, why = METHODS[kind].rate, METHODS[kind].why
     if optimizer == "lion_8bit":
         return rate / LION, f"a fifth of AdamW's {rate:g}, as Lion's steps are all of one size"
     return rate, why

@@ -12,6 +12,7 @@ from torch import nn
 
 from luthier.errors import RunError
 from luthier.folder import RunFolder
+from luthier.methods import whole
 from luthier.sections import TrainSection
 from luthier.words import size
 
@@ -59,7 +60,7 @@ def check_room(
         return f"about {size(needed)} of disk ({size(each.checkpoint)} a checkpoint), {size(free)} free"
     count = f"{most} checkpoints of {size(each.checkpoint)}" if most > 1 else f"a checkpoint of {size(each.checkpoint)}"
     kept = f" ({section.keep} kept and a new one)" if most != saves else ""
-    result = f"{'a model' if kind == 'full' else 'an adapter'} of {size(each.result)}"
+    result = f"{'a model' if whole(kind) else 'an adapter'} of {size(each.result)}"
     present = f", {size(there)} of which are there" if there else ""
     ways = ["lower train.keep"] if most > 1 and section.keep != 1 else []
     ways += ["raise train.save_every"] if most == saves > 1 else []
@@ -82,7 +83,7 @@ def sizes(
     reckoned from its tensors, beside which its tokenizer is little."""
     trained = sum(value.nbytes for value in parameters.values())
     state = moments(parameters, optimizer) + GENERATORS + ENTRIES * sum(len(name) + ENTRY for name in parameters)
-    if kind == "full":
+    if whole(kind):
         result = sum(value.nbytes for value in model.parameters())
         return Sizes(result, result + state)
     with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter.") as trial:

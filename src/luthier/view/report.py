@@ -16,6 +16,7 @@ from typing import Any
 from luthier.folder import RunFolder, read_json, write_atomic
 from luthier.history import NEWEST, History, read_history
 from luthier.html import Html, figures, join, page, table, tag
+from luthier.methods import LOW_RANK, METHODS
 from luthier.recipe import load_recipe
 from luthier.replies import Comparison
 from luthier.sections import Recipe
@@ -130,8 +131,11 @@ def _what(recipe: Recipe) -> str:
     held = "" if model.quantize == "none" else f", held in {getattr(model.quantize, 'kind', model.quantize)}"
     if method.kind == "full":
         return f"{name}{held} · every weight trained"
+    if method.kind not in LOW_RANK:
+        return f"{name}{held} · {METHODS[method.kind].title}"
     target = {"auto": "every linear layer", "all_linear": "every linear layer"}.get(str(method.target))
-    return f"{name}{held} · LoRA of rank {method.r}, alpha {method.alpha:g}, on {target or ', '.join(method.target)}"
+    rank = f"of rank {method.r}, alpha {method.alpha:g}"
+    return f"{name}{held} · {METHODS[method.kind].title} {rank}, on {target or ', '.join(method.target)}"
 
 
 def _note(history: History) -> Html:

@@ -16,6 +16,7 @@ from luthier.errors import RecipeError
 from luthier.folder import RunFolder, read_json
 from luthier.history import History
 from luthier.html import visible
+from luthier.methods import LOW_RANK, METHODS
 from luthier.runs import Removal, age, anew, disk_bytes, lost, result_of, silent_for, steps_saved, time_left
 from luthier.view.charts import steep
 from luthier.words import duration, quoted, size
@@ -203,6 +204,8 @@ def method(recipe: Recipe) -> str:
     chosen = recipe.method
     if chosen.kind == "full":
         return "full: every weight trains"
+    if chosen.kind not in LOW_RANK:
+        return f"{chosen.kind}: {METHODS[chosen.kind].title}"
     target = chosen.target if isinstance(chosen.target, str) else " ".join(chosen.target)
     return f"{chosen.kind} r {chosen.r}, alpha {chosen.alpha:g} on {target}"
 

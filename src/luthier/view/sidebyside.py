@@ -153,7 +153,7 @@ def _short(text: str) -> str:
 
 def markdown(comparison: Comparison, *, name: str = "", about: str = "") -> str:
     """compare.md: the figures, then a table of the prompts and one of the held-out rows. name, about: of the run."""
-    lines = [f"# {_escaped(_title(name))}", "", *([_escaped(about), ""] if about else [])]
+    lines = [f"# {escaped(_title(name))}", "", *([escaped(about), ""] if about else [])]
     for value, what, *meant in summary(comparison):
         lines.append(f"- **{value}** {what}" + "".join(f" <sub>({more})</sub>" for more in meant))
     if comparison.prompts:
@@ -179,10 +179,10 @@ def _told(pair: Pair, reply: Reply) -> str:
 
 
 def _line(*cells: str) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
+    return "| " + " | ".join(map(escaped, cells)) + " |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A text as a cell: nothing in it is Markdown or HTML, and it stays on one line."""
     text = re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", visible(text.strip()))
     return text.replace("\n", "<br>")
