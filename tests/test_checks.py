@@ -82,11 +82,9 @@ train:
         (
             "train",
             "virtual_tokens: 20",
-            "train.virtual_tokens: unknown key; virtual_tokens belongs to method: method.virtual_tokens (not in this "
-            "version yet)",
+            "train.virtual_tokens: unknown key; virtual_tokens belongs to method: method.virtual_tokens",
         ),
         ("data", "replay: {share: 0.1}", "data.replay: not in this version yet"),
-        ("method", "init: x", "method.init: not in this version yet"),
         (
             "method",
             "lora-alpha: 3",
@@ -223,12 +221,15 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
             "train.schedule: must be linear, cosine or constant, is 'cosin'; did you mean cosine?",
         ),
         ("train", "seed: -1", "train.seed: must be a whole number ≥ 0, is -1"),
-        ("method", "kind: dora", "method.kind: dora is not in this version yet; this version has lora, full"),
-        ("method", "kind: lorra", "method.kind: must be lora or full, is 'lorra'; did you mean lora?"),
+        (
+            "method",
+            "kind: lorra",
+            "method.kind: must be lora, dora, rslora, … or ln_tuning, is 'lorra'; did you mean lora?",
+        ),
         (
             "method",
             "kind: qlora",
-            "method.kind: must be lora or full, is 'qlora'; here that is lora, with model.quantize: nf4",
+            "method.kind: must be lora, dora, rslora, … or ln_tuning, is 'qlora'; here that is lora, with model.quantize: nf4",
         ),
         ("method", "dropout: 1", "method.dropout: must be a number ≥ 0 and < 1, is 1"),
         (
@@ -331,7 +332,10 @@ def test_sections_that_are_none(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_a_long_value_is_cut(tmp_path: Path) -> None:
-    assert problem(tmp_path, "method", f"kind: {'x' * 100}") == f"method.kind: must be lora or full, is '{'x' * 58}…"
+    assert (
+        problem(tmp_path, "method", f"kind: {'x' * 100}")
+        == f"method.kind: must be lora, dora, rslora, … or ln_tuning, is '{'x' * 58}…"
+    )
 
 
 ODD = (

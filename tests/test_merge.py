@@ -131,6 +131,39 @@ def test_scales_and_patterns_of_any_peft_adapter(tmp_path: Path) -> None:
     assert (logits(load(tmp_path / "merged")) - expected).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"kind": "dora"},
+        {"kind": "dora", "bias": "all", "modules_to_save": ["lm_head", "model.norm"]},
+        {"kind": "dora", "target": ["q_proj", "lm_head"]},
+        {"kind": "pissa", "r": 2},
+        {"kind": "ia3"},
+        {"kind": "vera"},
+        {"kind": "oft"},
+        {"kind": "loha"},
+        {"kind": "lokr"},
+        {"kind": "adalora"},
+        {"kind": "ln_tuning"},
+    ],
+    ids=lambda method: " ".join(method),
+)
+def test_every_kind_that_can_be_merged(tmp_path: Path, method: Any) -> None:
+    """At strength 1, and half of the way."""
+    base = tiny_qwen2(tmp_path / "base", tie_word_embeddings=True)
+    model = tuned(base, tmp_path / "adapter", **method)
+    report = merge(base, tmp_path / "adapter", tmp_path / "merged", say=lambda line: None)
+    assert report.untied is ("lm_head" in [*method.get("target", []), *method.get("modules_to_save", [])])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() < 5e-4
+    assert (logits(merged) - logits(load(base))).abs().max() > 1e-2
+    merge(base, tmp_path / "adapter", tmp_path / "half", say=lambda line: None, strength=0.5)
+    first, half, last = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "half", "merged"))
+    for name, whole in last.items():
+        before = first.get(name, first["model.embed_tokens.weight"])  # a tied head
+        torch.testing.assert_close(half[name], (before + whole) / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_layers_that_are_stored_transposed(tmp_path: Path) -> None:
     """GPT-2's Conv1D; its c_proj is square in attention, where a wrong turn would fit."""
     base = tmp_path / "base"
@@ -367,7 +400,6 @@ def test_an_adapter_never_counts_twice(pair: tuple[Path, Path], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),

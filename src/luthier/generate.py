@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from luthier.engine.forward import base_of
+from luthier.engine.soft import virtual_of
 from luthier.errors import ModelError, RecipeError
 from luthier.models.load import pad_id, window_of
+from luthier.models.soft_prompts import alone, begun
 from luthier.replies import Reply
 from luthier.sections import GenerateSection
 
@@ -49,14 +52,14 @@ def generate(
     Errors: RecipeError for an empty prompt or max_length that leaves no room, ModelError for one beyond the window.
     """
     assert on_text is None or len(prompts) == 1, "only one prompt can be streamed"
-    window = window_of(model)
+    window = _window(model)
     tasks = [_task(number, ids, section, window) for number, ids in enumerate(prompts)]
     ends = [*end_ids, *(tokenizer.convert_tokens_to_ids(text) for text in section.stop if _is_token(tokenizer, text))]
     replies: dict[int, Reply] = {}
-    with _inference(model, section.seed) as inner:
-        for group in _groups(tasks, batch, window):
+    with _inference(model, section.seed):
+        for group in _groups(tasks, batch, window, alike=alone(model)):
             stream = _Stream(tokenizer, group[0].ids, section.stop, ends, on_text) if on_text else None
-            for task, drawn in zip(group, _draw(inner, tokenizer, group, section, ends, stream), strict=True):
+            for task, drawn in zip(group, _draw(model, tokenizer, group, section, ends, stream), strict=True):
                 replies[task.number] = _reply(tokenizer, task, drawn, section.stop, ends)
             if stream:
                 stream.finish(replies[0].text)
@@ -66,7 +69,13 @@ def generate(
 def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], section: GenerateSection) -> None:
     """Errors: those of `generate` for a prompt without an answer, before any is drawn."""
     for number, ids in enumerate(prompts):
-        _task(number, ids, section, window_of(model))
+        _task(number, ids, section, _window(model))
+
+
+def _window(model: PreTrainedModel | PeftModel) -> int | None:
+    """Positions of a prompt and its answer together, behind the virtual tokens of a soft prompt; None for any number."""
+    window = window_of(model)
+    return None if window is None else window - virtual_of(model).tokens
 
 
 def _task(number: int, ids: list[int], section: GenerateSection, window: int | None) -> _Task:
@@ -88,8 +97,8 @@ def _task(number: int, ids: list[int], section: GenerateSection, window: int | N
     return _Task(number, ids, budget if window is None else min(budget, window - len(ids)))
 
 
-def _groups(tasks: Sequence[_Task], batch: int, window: int | None) -> Iterator[list[_Task]]:
-    """Prompts that run together, longest first.
+def _groups(tasks: Sequence[_Task], batch: int, window: int | None, alike: bool) -> Iterator[list[_Task]]:
+    """Prompts that run together, longest first; `alike`: only those of one length.
 
     A group never runs past the window, not even for rows that are done: rotary scalings look at the longest position
     of the pass, and learned positions end there.
@@ -97,7 +106,8 @@ def _groups(tasks: Sequence[_Task], batch: int, window: int | None) -> Iterator[
     group: list[_Task] = []
     for task in sorted(tasks, key=lambda task: -len(task.ids)):
         longest = len(group[0].ids) + max(task.budget, *(other.budget for other in group)) if group else 0
-        if len(group) == batch or (window is not None and longest > window):
+        unlike = alike and group and len(task.ids) != len(group[0].ids)
+        if len(group) == batch or unlike or (window is not None and longest > window):
             yield group
             group = []
         group.append(task)
@@ -106,9 +116,9 @@ def _groups(tasks: Sequence[_Task], batch: int, window: int | None) -> Iterator[
 
 
 @contextmanager
-def _inference(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[PreTrainedModel]:
-    """The model that draws, in eval mode, with settings of nobody but us; everything is put back after the block."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+def _inference(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]:
+    """The model in eval mode, with settings of nobody but us; everything is put back after the block."""
+    inner = base_of(model)
     training, settings = model.training, inner.generation_config
     device = inner.device
     model.eval()
@@ -116,14 +126,14 @@ def _inference(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[PreTra
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            yield inner
+            yield
     finally:
         inner.generation_config = settings
         model.train(training)
 
 
 def _draw(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     group: list[_Task],
     section: GenerateSection,
@@ -147,17 +157,18 @@ def _draw(
         use_cache=True,
         **sampling,
     )
-    stopper = _StopTexts(tokenizer, section.stop, width)
-    drawn = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+    with torch.no_grad():
+        start = begun(model, ids.to(model.device), mask.to(model.device))
+    stopper = _StopTexts(tokenizer, section.stop, start.width)
+    drawn = base_of(model).generate(
+        **start.given,
         generation_config=config,
         stopping_criteria=[stopper] if section.stop else None,
         streamer=stream,
     )
     return [
         row[: min(task.budget, stopper.length.get(place, task.budget))]
-        for place, (row, task) in enumerate(zip(drawn[:, width:].tolist(), group, strict=True))
+        for place, (row, task) in enumerate(zip(drawn[:, start.width :].tolist(), group, strict=True))
     ]
 
 

@@ -1,6 +1,7 @@
 """Base + adapter → one plain model folder, tensor by tensor. `verify.py` then proves that it is the same model.
 
-The base's files are read one tensor at a time: memory holds the adapter and one output shard, never the model.
+The base's files are read one tensor at a time: memory holds the adapter and one output shard, never the model, unless
+the adapter is no sum of low-rank products (DoRA, IA3, …), which PEFT merges.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +27,9 @@ from luthier.models import families
 from luthier.models.adapters import (
     CONFIG,
     MERGE_NOTE,
+    OWN,
     adapter_hash,
+    load_adapter,
     merged_already,
     read_adapter,
     read_adapter_config,
@@ -36,6 +41,7 @@ from luthier.models.load import (
     check_architecture,
     end_ids,
     generation_settings,
+    load_model,
     load_tokenizer,
     read_config,
 )
@@ -121,7 +127,7 @@ def merge(
     chosen = name_of(stored.dtype) if dtype == "auto" else dtype
     if chosen not in DTYPES:
         raise ModelError(f"{base} is stored in {chosen}; merge.dtype must name one of {', '.join(DTYPES)}")
-    changes = _changes(adapter, strength) if kind == "lora" else {}
+    changes = _changes(base, adapter, strength) if kind == "lora" else {}
     tied, differ = _tied(model, weights)
     untied = differ or any(name in changes for pair in tied.items() for name in pair)
     outputs = _outputs(weights, stored, changes, tied, untied, dtype, adapter)
@@ -167,11 +173,13 @@ def _quantised(trained: ModelSection | None) -> dict[str, Any]:
 # -- what changes -------------------------------------------------------------------------------------------------
 
 
-def _changes(adapter: Path, strength: float) -> dict[str, _Change]:
+def _changes(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
     """The adapter's tensors as changes, by the name of the model's tensor. Errors: ModelError on what is not that."""
     config, tensors = read_adapter_config(adapter), read_adapter(adapter)
-    if not isinstance(config, LoraConfig):
+    if config.is_prompt_learning or config.peft_type.value in OWN:
         raise ModelError(f"{adapter}: an adapter of type {config.peft_type.value} cannot be merged; ship its folder")
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        return _by_peft(base, adapter, strength)
     plain = LoraConfig().to_dict()
     odd = [key for key, value in config.to_dict().items() if key not in MERGEABLE and value != plain.get(key)]
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
@@ -196,6 +204,21 @@ def _changes(adapter: Path, strength: float) -> dict[str, _Change]:
         elif not name.endswith((".lora_B.weight", ".lora_embedding_B")):
             raise ModelError(f"{adapter}: its tensor {key} is none that a merge knows")
     return changes
+
+
+def _by_peft(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
+    """What adapters that are no sum of low-rank products make of the weights, as PEFT merges them: the whole model is in
+    memory for it, in fp32."""
+    section = ModelSection(name=str(base), dtype="fp32")
+    adapted = load_adapter(load_model(base, section, torch.device("cpu"), say=lambda _: None), adapter)
+    modules = adapted.get_base_model().named_modules()
+    layers = [name for name, module in modules if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
+    biases = [name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in adapted.luthier_biases]
+    merged = adapted.merge_and_unload()
+    # by the layer, as a tied weight has two names and named_parameters() tells only the first
+    found = {f"{name}.{key}": v for name in layers for key, v in merged.get_submodule(name).named_parameters()}
+    found |= {name: merged.get_parameter(name) for name in biases}
+    return {name: _instead(value.detach(), strength) for name, value in found.items()}
 
 
 def _scale(config: LoraConfig, module: str, a: Tensor) -> float:

@@ -78,7 +78,7 @@ _ALL = (
         "prefix tuning",
         frozenset({"virtual_tokens", "init"}),
         1e-2,
-        "keys and values are moved themselves, without a network in between, from those of a real text "
+        "keys and values are moved themselves, without a network in between, from those of real tokens "
         "(Liu et al. 2022, P-tuning v2, take 5e-3 to 1e-2)",
         reason=_SOFT.format("keys and values that every token sees"),
     ),
@@ -101,7 +101,7 @@ _ALL = (
     Method(
         "bottleneck",
         "bottleneck adapters",
-        frozenset({"placement", "size"}),
+        frozenset({"placement", "size", "dropout"}),
         1e-3,
         "new layers that start without effect (Houlsby et al. 2019 take 3e-4 to 3e-3)",
         reason=_SOFT.format("layers of its own with a non-linearity between them"),

@@ -28,6 +28,7 @@ from luthier.engine.dropout import TABLE_BITS, WIDEST, of_base
 from luthier.engine.forward import Route, adopt, base_of, rotary_border
 from luthier.engine.memory import free_memory
 from luthier.engine.proof import rows_to_prove
+from luthier.engine.soft import virtual_of
 from luthier.errors import HubError
 from luthier.methods import whole
 from luthier.models import quantize
@@ -140,15 +141,12 @@ class Bare:
     def quantized(self) -> Quantization | None:
         return quantize.quantization(self.recipe.model.quantize)
 
-    @property
-    def dropout(self) -> bool:
-        return self.recipe.method.dropout > 0
-
     def model(self, say: Say = lambda _: None) -> Any:
         """The adapted model; says its footprint first and the share that trains last. Errors: ModelError."""
         model = bare_model(self.path, self.dtype, vendor_code=self.vendor_code, quantized=self.quantized)
         say(f"{type(model).__name__}, {footprint(model)}")
-        adapted = attach(model, self.recipe.method, self.recipe.train.seed, say=say)
+        tokenizer = load_tokenizer(self.path) if self.recipe.method.init else None
+        adapted = attach(model, self.recipe.method, self.recipe.train.seed, say=say, tokenizer=tokenizer)
         if not self.recipe.train.base_dropout:
             of_base(adapted).set_to(0.0)  # for good: this model is of no other use
         return adapted
@@ -231,7 +229,7 @@ def memory(bare: Bare, part: Pass, route: Route = "engine") -> Memory:
         autocast=autocast,
         quantized=bare.quantized,
         checkpointing=section.activation_checkpointing,
-        seed=section.seed if bare.dropout else None,
+        seed=section.seed if bare.recipe.method.dropout > 0 else None,
         engine=bare.recipe.engine.model_copy(update={"compile": False}),
     )
     return replace(known, rehearsal=found)
@@ -256,7 +254,7 @@ def _without_pass(model: Any, bare: Bare) -> Memory:
         adapter=0 if full else size_of_trained,
         gradients=size_of_trained,
         optimizer=optimizer_bytes(trained, bare.recipe.train.optimizer),
-        table=4 * ((1 << TABLE_BITS) + WIDEST) if bare.dropout else 0,
+        table=4 * ((1 << TABLE_BITS) + WIDEST) if bare.recipe.method.dropout > 0 else 0,
         libraries=LIBRARIES.get(bare.device, 0),
     )
 
@@ -287,6 +285,7 @@ class _Passes:
         section = bare.recipe.data
         self.examples: Any = data.train if data else _Assumed(section.max_length)
         self.border, self.words = rotary_border(model), int(base_of(model).config.get_text_config().vocab_size)
+        self.virtual = virtual_of(model).tokens * virtual_of(model).columns
 
     def rows(self) -> list[np.ndarray]:
         """Those of the steps with the most tokens, the most first."""
@@ -301,10 +300,10 @@ class _Passes:
         if self.order is None:
             steps = [steps[0][: max(1, tokens // self.bare.recipe.data.max_length)]]
         if self.route == "plain":
-            cut = padded_passes(self.examples, steps[0], tokens, 0, self.border)
+            cut = padded_passes(self.examples, steps[0], tokens, 0, self.border, self.virtual)
         else:
-            shared = self.order is not None and self.route == "engine"  # assumed rows are all alike
-            shared = shared and self.bare.recipe.engine.shared_prefixes
+            shared = self.order is not None and self.route == "engine" and self.bare.recipe.engine.shared_prefixes
+            tokens = max(1, tokens - self.virtual)
             cut = [p for rows in steps for p in passes(self.examples, rows, tokens, self.border, shared)]
         return max(cut, key=lambda part: part.ids.size)
 
@@ -312,12 +311,12 @@ class _Passes:
         """Of the reference's logits, where the proof would compute them: else only two rows' loss is compared."""
         drawn = self.rows()[0] if self.order is None else self.order.rows(0)
         places = rows_to_prove(self.examples, drawn, int(PROOF_SHARE * self.examples.lengths[drawn].sum()))
-        needed = len(places) * int(self.examples.lengths[places].max()) * self.words * LOGITS
+        needed = len(places) * (int(self.examples.lengths[places].max()) + self.virtual) * self.words * LOGITS
         return needed if needed <= free / 2 else 0
 
 
 class _Assumed:
-    """Rows of one length, as many as are asked for, every token taught."""
+    """Rows of one length, as many as are asked for, every token taught. All alike: they are never said to share one."""
 
     def __init__(self, length: int) -> None:
         self.lengths = np.broadcast_to(np.int64(length), 1 << 20)

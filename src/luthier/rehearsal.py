@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from luthier.data.pack import Pass
+from luthier.data.pack import Pass, behind
 from luthier.engine import dropout, frozen_head, loss
 from luthier.engine.forward import DevicePass, Route, SummedLoss, base_of, on_device
 from luthier.engine.rungs import rungs, without_layers
+from luthier.engine.soft import virtual_of
 from luthier.errors import ModelError
 from luthier.models import families, quantize
 from luthier.models.load import read_config
@@ -106,6 +107,7 @@ def rehearse(
     if checkpointing:
         recompute_activations(model)
     model.train()
+    part = behind(part, virtual_of(model))
     given = _faked(on_device(part, torch.device("cpu"), seed, fast_attention=engine.fast_attention), mode)
     layers = without_layers(engine) if route == "plain" else engine
     layers = layers.model_copy(update={"fp32_products": layers.fp32_products and device == "cpu"})

@@ -320,12 +320,14 @@ def _say_samples(run: Run, bench: Workbench, checkpoint: Path | None, say: Say) 
 
 
 def _as_trained(run: Run, bench: Workbench) -> bool:
-    """Is the saved model, as it will answer, the one that trained? Not in another format, nor quantised otherwise."""
+    """Is the saved model, as it will answer, the one that trained? Not in another format, nor quantised otherwise, nor
+    without the encoder that P-tuning trains."""
     from luthier.models.quantize import quantization
 
     trained, asked = run.recipe.model, answering(run.recipe.model, run.recipe.generate)
     alike = quantization(trained.quantize) == quantization(asked.quantize)
-    return bool(not whole(run.recipe.method.kind) and bench.model.dtype == bench.stored and alike)
+    adapter = not whole(run.recipe.method.kind) and run.recipe.method.kind != "p_tuning"
+    return bool(adapter and bench.model.dtype == bench.stored and alike)
 
 
 def _saved(run: Run, bench: Workbench) -> Loaded:

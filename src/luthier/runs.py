@@ -17,6 +17,8 @@ from typing import Any
 from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, read_json
 from luthier.history import Follower, History, is_alive, place
+from luthier.methods import METHODS
+from luthier.recipe import load_recipe
 from luthier.words import quoted
 
 ROOT = Path("runs")
@@ -213,6 +215,11 @@ def goes_on(history: History) -> str:
     if history.state == "failed" and not steps_saved(history.folder):
         return f"no checkpoint yet; begin anew with: {anew(history)}"
     return history.folder.standing()
+
+
+def merges(folder: RunFolder) -> bool:
+    """Can the run's result be written as one model folder?"""
+    return METHODS[load_recipe(folder.recipe, check_files=False).method.kind].merges
 
 
 def anew(history: History) -> str:

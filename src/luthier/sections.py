@@ -182,7 +182,7 @@ class MethodSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     """The adapter's output is scaled by alpha / r (rslora: alpha / √r)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' input while training (lora, dora, rslora)."""
+    """Dropout on the adapters' input while training (lora, dora, rslora, bottleneck)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train beside the adapters (lora, dora, rslora, pissa, olora)."""
     target: Literal["auto", "all_linear"] | Texts = "auto"
@@ -192,10 +192,10 @@ class MethodSection(Section):
     modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, as embed_tokens or lm_head."""
     virtual_tokens: PositiveInt | None = None
-    """Virtual tokens (prompt, prefix, p_tuning, llama_adapter); null: 20, of llama_adapter 10."""
+    """Virtual tokens (prompt, prefix, p_tuning, llama_adapter); null: 20, of llama_adapter 10, of a prefix with
+    init the text's."""
     init: Text | None = None
-    """A text that prompt and prefix start from; null: embeddings of real tokens, and keys and values of a text of the
-    run's own."""
+    """A text that prompt and prefix start from (its embeddings, its keys and values); null: random real tokens."""
     placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     """bottleneck: behind attention and feed-forward (houlsby), or behind the feed-forward alone (pfeiffer)."""
     size: PositiveInt = 64

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import ModelError
 from luthier.folder import RunFolder
 from luthier.loaded import Prompt, Say, load_data, load_encoder, prompt_ids
-from luthier.methods import trains_base, whole
+from luthier.methods import trains_base
 from luthier.recipe import load_prompts
 from luthier.resume import check_same_data, today_of
 from luthier.sections import ModelSection, Recipe, TrainSection
@@ -50,7 +50,7 @@ def workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -
     check_extras(recipe)
     rate = peak_lr(recipe.train, recipe.method.kind)
     path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
-    _check_before_data(path, recipe)
+    _check_before_data(path, recipe, tokenizer)
     prompts = list[Prompt](load_prompts(recipe.generate))
     ids = [prompt_ids(encoder, prompt, recipe.generate) for prompt in prompts]
     data = load_data(recipe, encoder, say)
@@ -62,17 +62,17 @@ def workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -
     model = load_model(path, held(recipe, world.device), world.device, say=say)
     say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
     check_vocabulary(model, data, path)
-    check_window(model, data, path)
+    stored, method, seed = model.dtype, recipe.method, recipe.train.seed
+    model = attach(model, method, seed, say=say, revision=recipe.model.revision, tokenizer=tokenizer)
+    check_window(model, data, path)  # behind the virtual tokens of a soft prompt
     check_prompts(model, ids, recipe.generate)
-    stored = model.dtype
-    model = attach(model, recipe.method, recipe.train.seed, say=say, revision=recipe.model.revision)
     section = with_precision(recipe.train, stored, model.dtype, world.device.type, say)
     autocast_dtype(model, section)
     _say_rate(recipe, rate, say)
     return Workbench(recipe, section, model, stored, tokenizer, encoder, data, order, prompts)
 
 
-def _check_before_data(path: Path, recipe: Recipe) -> None:
+def _check_before_data(path: Path, recipe: Recipe, tokenizer: Any) -> None:
     """What the configuration alone tells to be wrong, before rows are encoded and weights are read. Errors: ModelError.
 
     A target that matches nothing, say: the method is tried on the model without its numbers.
@@ -85,9 +85,9 @@ def _check_before_data(path: Path, recipe: Recipe) -> None:
     from luthier.rehearsal import bare_model
 
     native = check_architecture(path, read_config(path), recipe.model.trust_vendor_code)
-    if native and not whole(recipe.method.kind):
+    if native and recipe.method.kind != "full":
         bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
-        attach(bare, recipe.method, recipe.train.seed, say=lambda _: None)
+        attach(bare, recipe.method, recipe.train.seed, say=lambda _: None, tokenizer=tokenizer)
 
 
 def check_vocabulary(model: Any, data: Data, path: Path) -> None:
@@ -103,15 +103,18 @@ def check_vocabulary(model: Any, data: Data, path: Path) -> None:
 
 def check_window(model: Any, data: Data, path: Path) -> None:
     """Errors: ModelError where a row is longer than the model reads: it knows no positions beyond its window."""
+    from luthier.engine.soft import virtual_of
     from luthier.models.load import window_of
 
-    window = window_of(model) or math.inf
+    virtual = virtual_of(model).tokens
+    window = (window_of(model) or math.inf) - virtual
     for part in (part for part in (data.train, data.eval) if part is not None):
         longest = int(part.lengths.argmax())
         if part.lengths[longest] > window:
             raise ModelError(
                 f"{part.origin(longest)} has {part.lengths[longest]:,} tokens, and {path} reads {window:,} "
-                f"(max_position_embeddings); set data.max_length: {window}"
+                f"(max_position_embeddings{f' less {virtual} virtual tokens' if virtual else ''}); "
+                f"set data.max_length: {window}"
             )
 
 

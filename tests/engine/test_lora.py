@@ -220,7 +220,7 @@ def test_what_norms_and_products_give_is_made_again_instead_of_kept(family, seed
     model = lora(tiny(family), init_lora_weights=False, lora_dropout=0.0 if seed is None else 0.2)
     adopt(model)
     part, kept, found = on_device(pack(ROWS, range(6)), CPU, seed), [], []
-    for makes in (lambda result: Again(lambda x: x, (result,)), again):
+    for makes in (lambda result: Again(lambda x: x, (result,), 0), again):
         monkeypatch.setattr("luthier.engine.lora.again", makes)
         model.zero_grad()
         storages = {}

@@ -18,6 +18,7 @@ from luthier.cli.results import compare, export, merge, report
 from luthier.cli.runs import runs_app
 from luthier.cli.words import Overrides, Recipe, aside, say, say_next
 from luthier.errors import LuthierError, RecipeError
+from luthier.methods import METHODS, whole
 from luthier.training.launch import rank, speaks
 from luthier.words import quoted
 
@@ -153,10 +154,12 @@ def train(
     _exit_if_stopped(run)
     outcome, folder = run.outcome, run.folder.shown
     assert outcome is not None
-    say(f"{'model' if run.recipe.method.kind == 'full' else 'adapter'}: {outcome.saved}")
+    method = METHODS[run.recipe.method.kind]
+    say(f"{'model' if whole(method.kind) else 'adapter'}: {outcome.saved}")
     say(f"page: {folder / 'report.html'}")
     name = quoted(folder)
-    say_next(f"luthier compare {name}", f"luthier merge {name} -o DIR", f"luthier chat {name}")
+    merging = [f"luthier merge {name} -o DIR"] if method.merges else []
+    say_next(f"luthier compare {name}", *merging, f"luthier chat {name}")
 
 
 @app.command()

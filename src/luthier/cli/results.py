@@ -10,6 +10,7 @@ import typer
 
 from luthier.cli.words import RunPath, say, say_next
 from luthier.errors import RecipeError
+from luthier.methods import METHODS
 from luthier.words import quoted
 
 
@@ -54,7 +55,8 @@ def compare(
         raise RecipeError("--text goes with --strength: it measures what is forgotten")
     else:
         verbs.compare(opened, rows=128 if rows is None else rows, say=say)
-    say_next(f"luthier merge {name}{more} -o DIR")
+    merges = METHODS[opened.recipe.method.kind].merges
+    say_next(f"luthier merge {name}{more} -o DIR" if merges else f"luthier chat {name}")
 
 
 def merge(

@@ -54,7 +54,9 @@ def fp32_products(model: nn.Module) -> Iterator[bool]:
     Quantised layers do where their LoRA is fused (lora.py).
     """
     layers = [module for module in model.modules() if _is_meant(module)] if faster() else []
-    plain = [layer for layer in layers if "forward" not in vars(layer)]
+    # The head by itself would take all logits in fp32 (frozen_head.py takes a part of the words at once).
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    plain = [layer for layer in layers if "forward" not in vars(layer) and layer is not head]
     try:
         IN_FP32.update(layers)
         for layer in plain:

@@ -51,7 +51,13 @@ KNOWN = (
 
 
 def attach(
-    model: PreTrainedModel, method: MethodSection, seed: int, *, say: Say, revision: str | None = None
+    model: PreTrainedModel,
+    method: MethodSection,
+    seed: int,
+    *,
+    say: Say,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Make the parts of the model trainable that the method trains, and say how many they are.
 
@@ -59,6 +65,7 @@ def attach(
     drawn from `seed`, without effect at first. Base weights that themselves train (full, freeze, ln_tuning, biases,
     modules_to_save) are turned to fp32, because a step of lr × gradient is mostly below bf16's 8 bits and would be
     lost; train.precision decides on the arithmetic, by autocast. Quantised weights stay quantised under it.
+    `tokenizer`: for method.init, the text that a soft prompt starts from.
     Errors: ModelError when a name in target or modules_to_save matches no layer, when a quantised layer is to train,
     when PEFT cannot adapt one, when a model has not the parts that the method changes, or when an adapter's dropout
     would depend on how rows are cut.
@@ -74,7 +81,9 @@ def attach(
     if method.kind in ("prompt", "prefix", "p_tuning"):
         from luthier.models import soft_prompts
 
-        return soft_prompts.attach(model, method, seed, say=say)
+        soft = soft_prompts.attach(model, method, seed, say=say, tokenizer=tokenizer)
+        say(f"{about.title}: {_share(soft)}")
+        return soft
     config, named = _config(model, method)
     _say_untied(model, [*named, *method.modules_to_save], say)
     shared = method.kind in ("lora", "dora", "rslora")  # by layers with one A: a start of its own has each in PiSSA

@@ -146,6 +146,8 @@ def differing(base: nn.Module, tuned: nn.Module) -> dict[str, tuple[Tensor, Tens
     Errors: ModelError where the two are not one model before and after.
     """
     before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
+    if not all(value.is_floating_point() for value in before.values()):
+        raise ModelError("strength: nothing lies between quantised weights; set generate.quantize: none")
     if before.keys() != after.keys() or any(before[name].shape != after[name].shape for name in before):
         raise ModelError("strength: base and tuned model have other weights; nothing lies between them")
     pairs = ((name, before[name].data.cpu(), after[name].data.cpu()) for name in before)

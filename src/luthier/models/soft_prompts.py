@@ -41,12 +41,11 @@ def attach(
     *,
     say: Say,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    start: Sequence[int] | None = None,
 ) -> PeftModel:
     """A model of which only the soft prompt trains, in fp32, and a line about what it starts from.
 
-    It starts from method.init, a text (which needs the `tokenizer`); else from the ids `start`, as those that the
-    run's rows begin with; else from real tokens drawn by `seed`. Too few are repeated.
+    It starts from method.init, a text (which needs the `tokenizer`), else from real tokens drawn by `seed`. Too few are
+    repeated.
     Errors: RecipeError for a text that is empty or longer than the virtual tokens; ModelError for more virtual tokens
     than the model reads, and for a prefix where attention has no keys and values to put it before.
     """
@@ -56,7 +55,7 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, _config(model, method.kind, count))
-        ids, origin = _start(model, text, start, tokenizer, count)
+        ids, origin = _start(model, text, tokenizer, count)
     places = adapted.prompt_tokens["default"]  # PEFT keeps them on the CPU, and a GPU would be waited for each pass
     adapted.prompt_tokens["default"] = places.to(adapted.prompt_encoder["default"].embedding.weight.device)
     if method.kind == "p_tuning":
@@ -122,14 +121,12 @@ def _config(model: PreTrainedModel, kind: str, count: int) -> PeftConfig:
 def _start(
     model: PreTrainedModel,
     text: list[int] | None,
-    start: Sequence[int] | None,
     tokenizer: PreTrainedTokenizerFast | None,
     count: int,
 ) -> tuple[Tensor, str]:
     """The ids that `count` virtual tokens start from, int64 [V], and what they are."""
-    if text or start:
-        chosen = list(text or start or ())
-        origin = "the text of method.init" if text else "what the run's rows begin with"
+    if text:
+        chosen, origin = text, "the text of method.init"
     else:
         known = min(model.get_input_embeddings().num_embeddings, len(tokenizer) if tokenizer is not None else 1 << 30)
         special = set() if tokenizer is None else {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}

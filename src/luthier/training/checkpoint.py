@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.engine.forward import Route
+from luthier.engine.products import faster
 from luthier.errors import RunError
 from luthier.folder import folder_atomic, write_json
 from luthier.training.optim import recall, remembered
@@ -137,7 +138,7 @@ def load(
     known = rank if rank < len(record["generators"]) else 0
     _load_generators(record["generators"][known], tensors, known, device)
     here, there = _environment(device, processes), record["environment"]
-    changed = [f"{key} {there[key]} → {here[key]}" for key in here if here[key] != there[key]]
+    changed = [f"{key} {there[key]} → {here[key]}" for key in here if here[key] != there.get(key, here[key])]
     if changed:
         then = "be equal only to rounding" if exact else "differ (train.base_dropout)"
         say(f"resume: {', '.join(changed)}: the numbers will {then}")
@@ -206,7 +207,10 @@ def _environment(device: torch.device, processes: int) -> dict[str, str]:
     """What bit-equal numbers depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads, count = str(torch.get_num_threads()), str(processes)
-    return {"torch": torch.__version__, "threads": threads, "device": name, "processes": count}
+    wide = "fp32" if faster() else "16 bits"  # of frozen 16-bit weights, by the processor
+    return {
+        "torch": torch.__version__, "threads": threads, "device": name, "processes": count, "products": wide,
+    }  # fmt: skip
 
 
 def _check_names(folder: Path, there: set[str], here: set[str]) -> None:

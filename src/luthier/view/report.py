@@ -18,6 +18,7 @@ from luthier.history import NEWEST, History, read_history
 from luthier.html import Html, figures, join, page, table, tag
 from luthier.methods import LOW_RANK, METHODS
 from luthier.recipe import load_recipe
+from luthier.runs import merges
 from luthier.replies import Comparison
 from luthier.sections import Recipe
 from luthier.view import charts
@@ -274,10 +275,11 @@ def _next(history: History) -> Html:
     run = quoted(folder.shown)
     compared = (folder.path / "compare.json").is_file()
     rows = [] if compared else [(f"luthier compare {run}", "base and tuned, side by side")]
+    merging = [(f"luthier merge {run} -o DIR", "one model folder of its own, verified")] if merges(folder) else []
     rows += [
         (f"luthier chat {run}", "talk to it"),
         (f'luthier generate {run} --prompt "…"', "an answer on the screen or, with --json, for a program"),
-        (f"luthier merge {run} -o DIR", "one model folder of its own, verified"),
+        *merging,
         (_anew(folder), "its recipe once more, with other settings"),
     ]
     return table(["command", ""], [(tag("code", command), what) for command, what in rows], class_="keys")

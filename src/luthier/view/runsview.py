@@ -17,7 +17,7 @@ from luthier.folder import RunFolder, read_json
 from luthier.history import History
 from luthier.html import visible
 from luthier.methods import LOW_RANK, METHODS
-from luthier.runs import Removal, age, anew, disk_bytes, lost, result_of, silent_for, steps_saved, time_left
+from luthier.runs import Removal, age, anew, disk_bytes, lost, merges, result_of, silent_for, steps_saved, time_left
 from luthier.view.charts import steep
 from luthier.words import duration, quoted, size
 
@@ -324,7 +324,8 @@ def next_steps(history: History) -> Iterable[str]:
         return on
     compared = (folder.path / "compare.json").is_file()
     steps = [] if compared else [f"luthier compare {run}"]
-    return [*steps, f"luthier merge {run} -o DIR", f"luthier chat {run}"]
+    merging = [f"luthier merge {run} -o DIR"] if merges(folder) else []
+    return [*steps, *merging, f"luthier chat {run}"]
 
 
 def shown_path(text: str) -> str:
