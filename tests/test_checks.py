@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import RecipeError
+from luthier.methods import METHODS
 from luthier.recipe import load_recipe
 from luthier.vocabulary import all_keys
 from reading import MINIMAL, problem, problems
 
+KINDS = ", ".join(list(METHODS)[:-1]) + " or ln_tuning"
 BATCH = "train.batch (rows in one optimizer step: batch size × accumulation)"
 
 
@@ -224,12 +226,12 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
         (
             "method",
             "kind: lorra",
-            "method.kind: must be lora, dora, rslora, … or ln_tuning, is 'lorra'; did you mean lora?",
+            f"method.kind: must be {KINDS}, is 'lorra'; did you mean lora?",
         ),
         (
             "method",
             "kind: qlora",
-            "method.kind: must be lora, dora, rslora, … or ln_tuning, is 'qlora'; here that is lora, with model.quantize: nf4",
+            f"method.kind: must be {KINDS}, is 'qlora'; here that is lora, with model.quantize: nf4",
         ),
         ("method", "dropout: 1", "method.dropout: must be a number ≥ 0 and < 1, is 1"),
         (
@@ -332,10 +334,7 @@ def test_sections_that_are_none(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_a_long_value_is_cut(tmp_path: Path) -> None:
-    assert (
-        problem(tmp_path, "method", f"kind: {'x' * 100}")
-        == f"method.kind: must be lora, dora, rslora, … or ln_tuning, is '{'x' * 58}…"
-    )
+    assert problem(tmp_path, "method", f"kind: {'x' * 100}") == f"method.kind: must be {KINDS}, is '{'x' * 58}…"
 
 
 ODD = (

@@ -73,7 +73,7 @@ def check_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], section:
 
 
 def _window(model: PreTrainedModel | PeftModel) -> int | None:
-    """Positions of a prompt and its answer together, behind the virtual tokens of a soft prompt; None for any number."""
+    """Positions of a prompt and its answer together, behind a soft prompt's virtual tokens; None for any number."""
     window = window_of(model)
     return None if window is None else window - virtual_of(model).tokens
 

@@ -178,7 +178,7 @@ def _changes(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
     config, tensors = read_adapter_config(adapter), read_adapter(adapter)
     if config.is_prompt_learning or config.peft_type.value in OWN:
         raise ModelError(f"{adapter}: an adapter of type {config.peft_type.value} cannot be merged; ship its folder")
-    if not isinstance(config, LoraConfig) or config.use_dora:
+    if type(config) is not LoraConfig or config.use_dora:  # AdaLoRA's is a kind of LoRA's
         return _by_peft(base, adapter, strength)
     plain = LoraConfig().to_dict()
     odd = [key for key, value in config.to_dict().items() if key not in MERGEABLE and value != plain.get(key)]
@@ -207,8 +207,8 @@ def _changes(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
 
 
 def _by_peft(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
-    """What adapters that are no sum of low-rank products make of the weights, as PEFT merges them: the whole model is in
-    memory for it, in fp32."""
+    """What adapters that are no sum of low-rank products make of the weights, as PEFT merges them: the whole model is
+    in memory for it, in fp32."""
     section = ModelSection(name=str(base), dtype="fp32")
     adapted = load_adapter(load_model(base, section, torch.device("cpu"), say=lambda _: None), adapter)
     modules = adapted.get_base_model().named_modules()

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from luthier.engine.products import faster
 from luthier.errors import RunError
 from luthier.sections import TrainSection
 from luthier.training import checkpoint
@@ -192,6 +193,7 @@ def test_another_torch_or_thread_count_is_said(saved):
         "threads": str(torch.get_num_threads()),
         "device": "cpu",
         "processes": "1",
+        "products": "fp32" if faster() else "16 bits",
     }
     record["environment"] |= {"torch": "2.0.1", "threads": "64"}
     state.write_text(json.dumps(record))

@@ -51,6 +51,7 @@ def decoder_layers(model: PreTrainedModel, kind: str) -> dict[str, nn.Module]:
 
 
 def refused(model: PreTrainedModel, kind: str, why: str) -> ModelError:
+    """The error for a model that a method cannot change."""
     return ModelError(f"method.kind: {kind} does not fit this {model.config.model_type} model: {why}; take lora")
 
 

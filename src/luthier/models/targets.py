@@ -150,6 +150,7 @@ def _refuse_quantised(model: PreTrainedModel, saved: Sequence[str]) -> None:
 
 
 def last_names(layers: Iterable[str]) -> list[str]:
+    """The last parts of layers' names, each once."""
     return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
 
 
