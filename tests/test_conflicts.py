@@ -110,8 +110,8 @@ GREEDY = "has no effect, as generate.sample is false; write sample: true, or lea
         (
             "method",
             "kind: pissa\ndropout: 0.1",
-            "method.dropout: has no effect, as method.kind is pissa; leave it out; lora, dora, rslora and bottleneck would "
-            "take it",
+            "method.dropout: has no effect, as method.kind is pissa; leave it out; lora, dora, rslora and bottleneck "
+            "would take it",
         ),
         (
             "method",

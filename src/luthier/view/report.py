@@ -18,8 +18,8 @@ from luthier.history import NEWEST, History, read_history
 from luthier.html import Html, figures, join, page, table, tag
 from luthier.methods import LOW_RANK, METHODS
 from luthier.recipe import load_recipe
-from luthier.runs import merges
 from luthier.replies import Comparison
+from luthier.runs import merges
 from luthier.sections import Recipe
 from luthier.view import charts
 from luthier.view.curves import constants, curves, loss_chart
