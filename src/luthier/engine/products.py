@@ -48,7 +48,7 @@ def faster() -> bool:
 
 
 @contextmanager
-def fp32_products(model: nn.Module) -> Iterator[bool]:
+def fp32_products(model: Any) -> Iterator[bool]:
     """Inside, frozen linear layers of 16 bits on the CPU multiply in fp32, where that is `faster`. Yields if any do.
 
     Quantised layers do where their LoRA is fused (lora.py).
