@@ -140,7 +140,8 @@ def test_a_quickstart_that_is_stopped_says_how_to_go_on(
 
 
 def test_strength_on_the_command_line(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = SimpleNamespace(folder=RunFolder(Path.cwd() / "runs" / "town"))
+    recipe = SimpleNamespace(method=SimpleNamespace(kind="lora"))
+    run = SimpleNamespace(folder=RunFolder(Path.cwd() / "runs" / "town"), recipe=recipe)
     monkeypatch.setattr("luthier.runs.find_run", lambda name: SimpleNamespace(path=tmp_path / name))
     monkeypatch.setattr("luthier.run.open_run", lambda path: run)
     asked: list[Any] = []

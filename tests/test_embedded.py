@@ -53,6 +53,7 @@ def tiny() -> tuple[Any, Any]:
 def test_package_is_small_and_complete() -> None:
     files = {str(file.relative_to(ASSETS)): file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()}
     assert sorted(files) == [
+        "general.txt",
         "quickstart/heldout.jsonl",
         "quickstart/recipe.yaml",
         "quickstart/train.jsonl",
