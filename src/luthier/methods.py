@@ -6,9 +6,10 @@ with it. Where a paper or its authors' code is the source, it is named.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from luthier.sections import MethodSection
+if TYPE_CHECKING:  # pydantic is 0.1 s of `luthier --help`
+    from luthier.sections import MethodSection
 
 _LORA = frozenset({"r", "alpha", "dropout", "bias", "target", "modules_to_save"})
 _START = _LORA - {"dropout"}  # dropout would hide from a pass what the weight itself is made of

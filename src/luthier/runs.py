@@ -18,7 +18,6 @@ from luthier.errors import RecipeError, RunError
 from luthier.folder import RunFolder, read_json
 from luthier.history import Follower, History, is_alive, place
 from luthier.methods import METHODS
-from luthier.recipe import load_recipe
 from luthier.words import quoted
 
 ROOT = Path("runs")
@@ -219,6 +218,8 @@ def goes_on(history: History) -> str:
 
 def merges(folder: RunFolder) -> bool:
     """Can the run's result be written as one model folder?"""
+    from luthier.recipe import load_recipe  # for one run: the list of runs does without
+
     return METHODS[load_recipe(folder.recipe, check_files=False).method.kind].merges
 
 
