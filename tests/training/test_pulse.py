@@ -106,6 +106,19 @@ def test_a_full_disk_does_not_end_the_heart(tmp_path, quick):
     assert status(folder)["state"] == "done"
 
 
+def test_a_beat_that_cannot_be_written_leaves_nothing_half_written(tmp_path, quick):
+    folder, monitor, _ = begun(tmp_path)
+    folder.status.unlink()
+    folder.status.mkdir()  # no file can take its place
+    time.sleep(0.1)
+    with pytest.raises(OSError, match=r"status\.json"):
+        monitor.pulse.beat()
+    with monitor.pulse.lock:
+        assert [path.name for path in tmp_path.iterdir() if "newstate" in path.name] == []
+    folder.status.rmdir()
+    monitor.end("done", "last")
+
+
 def test_another_process_than_the_first_writes_nothing(tmp_path, quick):
     folder, monitor, _ = begun(tmp_path, writes=False)
     monitor.show_step(1, facts(1.0))

@@ -78,8 +78,12 @@ class Pulse:
             if self.over.is_set():
                 return
             temporary = self.path.with_name(f".{self.path.name}.newstate")
-            temporary.write_text(json.dumps(self._status("running", ""), ensure_ascii=False) + "\n", "utf-8")
-            temporary.replace(self.path)
+            try:
+                temporary.write_text(json.dumps(self._status("running", ""), ensure_ascii=False) + "\n", "utf-8")
+                temporary.replace(self.path)
+            except OSError:  # a full disk takes the beginning of a file as well
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _beat_on(self) -> None:
         warned, last = 0.0, time.time()
