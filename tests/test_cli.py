@@ -78,6 +78,8 @@ def test_recipe_verbs(call: Call, tmp_path: Path) -> None:
     assert call("recipe", "new", str(path))[0] == 0
     status, out, err = call("recipe", "new", str(path))
     assert (status, out) == (2, "") and "is there already" in err
+    assert "\n  virtual_tokens: null\n" in call("recipe", "new", "--kind", "p_tuning")[1]
+    assert call("recipe", "new", "--kind", "lara")[2] == "error: --kind: there is no method lara; did you mean lora?\n"
     status, out, err = call("recipe", "show", str(path), "train.batch=7")
     assert status == 0, err
     assert yaml.safe_load(out)["train"]["batch"] == 7 and yaml.safe_load(out)["train"]["weight_decay"] == 0
@@ -161,5 +163,5 @@ def test_strength_on_the_command_line(call: Call, monkeypatch: pytest.MonkeyPatc
     assert call("merge", "town", "-o", "out", "--strength", "0.7")[0] == 0
     assert call("merge", "town", "-o", "out")[0] == 0
     assert asked == [(None, None), (9, Path("mine.txt")), 128, "0.7", "1"]
-    said = "error: --text goes with --strength: it measures what is forgotten\n"
+    said = "error: --text goes with --strength or --methods: it measures what is forgotten\n"
     assert call("compare", "town", "--text", "mine.txt") == (2, "", said)

@@ -26,7 +26,7 @@ LUTHIER = Path(sys.executable).parent / "luthier"
 ORDER = [
     {"errors", "words"},
     {"sections"},
-    {"folder", "hub", "html", "quiet", "foreign", "yamlfile", "replies", "methods"},
+    {"folder", "hub", "html", "quiet", "foreign", "yamlfile", "replies", "methods", "matrix"},
     {"history", "scores"},
     {"data", "vocabulary", "conflicts"},
     {"engine", "checks"},
@@ -41,7 +41,8 @@ ORDER = [
     {"run"},
     {"plan", "compare", "merge", "verify", "doctor"},
     {"plantext", "export", "strength"},
-    {"verbs"},
+    {"judge"},
+    {"bakeoff", "verbs"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -285,13 +285,13 @@ def test_the_figures() -> None:
     right, wrong, endless = Reply("yes\n", [1], True), Reply("no", [1], True), Reply("yes", [1], False)
     base = Score([(8.0, 2), (4.0, 2)], [(20.0, 10), (30.0, 10)], [wrong] * 5)
     tuned = Score([(2.0, 2), (2.0, 2)], [(22.0, 10), (32.0, 10)], [wrong, right, right, endless, wrong])
-    found = figures(tuned, base, questions)
+    found = figures([tuned], base, questions)
     assert (found["loss"], found["loss_bounds"]) == (1.0, (1.0, 1.0))
     assert (found["exact"], found["answered"], found["exact_share"], found["stopped_share"]) == (3, 4, 0.75, 0.75)
     assert found["perplexity"] == pytest.approx(math.exp(2.7))
     assert found["perplexity_change"] == pytest.approx(math.exp(0.2) - 1)
     assert found["perplexity_change_bounds"] == pytest.approx((math.exp(0.2) - 1,) * 2), "both read the same texts"
-    bare = figures(Score([], [(1.0, 1)], [wrong]), Score([], [(1.0, 1)], [wrong]), questions[:1])
+    bare = figures([Score([], [(1.0, 1)], [wrong])], Score([], [(1.0, 1)], [wrong]), questions[:1])
     assert (bare["loss"], bare["exact_share"], bare["stopped_share"]) == (None, None, 1.0)
 
 
@@ -385,6 +385,7 @@ def test_a_run_at_each_strength(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     said: list[str] = []
     found = verbs.strengths(run, rows=3, say=said.append)
     page = run.folder.path / "strength.html"
+    assert 'href="strength.html"' in (run.folder.path / "report.html").read_text()
     assert said[-2].startswith("strength: 3 of 4 held-out rows, 1 prompts, ") and said[-1] == f"page: {page}"
     assert said[-2].endswith(" tokens of Luthier's general text")
     written = json.loads(page.with_suffix(".json").read_text())

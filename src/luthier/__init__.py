@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from luthier.bakeoff import compare_methods
     from luthier.errors import DataError, HubError, LuthierError, ModelError, RecipeError, RunError
     from luthier.recipe import load_recipe
     from luthier.run import Run, open_run, train
@@ -30,6 +31,7 @@ __all__ = [
     "RecipeError",
     "Run",
     "RunError",
+    "compare_methods",
     "load_recipe",
     "look",
     "open_run",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bakeoff": ("compare_methods",),
     "errors": ("DataError", "HubError", "LuthierError", "ModelError", "RecipeError", "RunError"),
     "recipe": ("load_recipe",),
     "run": ("Run", "open_run", "train"),

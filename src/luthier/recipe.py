@@ -12,24 +12,25 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from luthier.checks import check
 from luthier.conflicts import conflicts, idle
 from luthier.errors import DataError, RecipeError
 from luthier.folder import write_atomic
-from luthier.sections import DataSection, GenerateSection, Recipe, Section
+from luthier.methods import METHODS
+from luthier.sections import DataSection, GenerateSection, MethodSection, Recipe, Section
 from luthier.vocabulary import Node, find, node_of, schema
 from luthier.yamlfile import Key, Problem, read_document, write_value
 
 HUBS = ("hf:", "modelscope:")
 WIDE = 100  # characters; a list that makes a longer line is written an item a line
 
-# What `new_recipe` writes out: the keys that are turned most.
+# What `new_recipe` writes out: the keys that are turned most; of the method those that its kind takes.
 STARTER: dict[str, tuple[str, ...]] = {
     "model": ("name", "dtype"),
     "data": ("train", "eval", "system", "supervise", "max_length", "too_long"),
-    "method": ("kind", "r", "alpha", "dropout", "target"),
+    "method": tuple(MethodSection.model_fields),
     "train": ("batch", "epochs", "lr", "schedule", "warmup", "activation_checkpointing", "eval_every", "save_every"),
     "generate": ("prompts", "max_new_tokens", "sample"),
 }
@@ -70,6 +71,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     return recipe
 
 
+def with_method(recipe: Recipe, kind: str, seed: int) -> Recipe:
+    """The same recipe for another kind of method, with its defaults and its rate; for its own kind as it is.
+
+    Errors: RecipeError where the rest of the recipe cannot be with that kind.
+    """
+    given = recipe.model_dump(exclude_unset=True)
+    if kind != recipe.method.kind:
+        given["method"] = {"kind": kind}
+        given.get("train", {}).pop("lr", None)
+        for section, _, name in (key.partition(".") for key in idle(Recipe.model_validate(given))):
+            given.get(section, {}).pop(name, None)
+    given["train"] = {**given.get("train", {}), "seed": seed}
+    chosen = Recipe.model_validate(given)
+    for conflict in conflicts(chosen):
+        raise RecipeError(f"{kind}: {conflict.keys[0]}: {conflict.what}")
+    return chosen
+
+
 def run_name(recipe: Recipe, path: str | Path) -> str:
     """The name of the run's folder: the recipe's own, or the stem of its file."""
     return recipe.run or Path(path).stem
@@ -98,10 +117,15 @@ def recipe_schema() -> Node:
     return schema()
 
 
-def new_recipe(
-    model: str = "hf:Qwen/Qwen2.5-0.5B-Instruct", train: str = "data.jsonl", kind: Literal["lora", "full"] = "lora"
-) -> str:
-    """A recipe to start from, as YAML: the keys that are turned most, each with what it does."""
+def new_recipe(model: str = "hf:Qwen/Qwen2.5-0.5B-Instruct", train: str = "data.jsonl", kind: str = "lora") -> str:
+    """A recipe to start from, as YAML: the keys that are turned most, each with what it does.
+
+    kind: of the method. Errors: RecipeError for one that is unknown.
+    """
+    if kind not in METHODS:
+        near = get_close_matches(kind, METHODS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(METHODS)}"
+        raise RecipeError(f"--kind: there is no method {kind}; {hint}")
     chosen: dict[str, Any] = {
         "model": {"name": model},
         "data": {"train": train, "eval": 0.05},
@@ -117,9 +141,25 @@ def new_recipe(
         for name in names:
             if f"{section}.{name}" in idle(recipe):
                 continue
-            lines += textwrap.wrap(_about((section, name)), 110, initial_indent="  # ", subsequent_indent="  # ")
+            about = _of_kind(kind, section, name)
+            lines += textwrap.wrap(about, 116, initial_indent="  # ", subsequent_indent="  # ", break_on_hyphens=False)
             lines += _entry(name, getattr(getattr(recipe, section), name), indent="  ")
     return "\n".join(lines) + "\n"
+
+
+def _of_kind(kind: str, section: str, name: str) -> str:
+    """What a key does, as far as it concerns a kind of method: of its own keys the first sentence."""
+    about, method = _about((section, name)), METHODS[kind]
+    if (section, name) == ("method", "kind"):
+        defaults = "" if method.tuned else ", with PEFT's own defaults"
+        return f"{method.title}{defaults}; `luthier methods` shows all {len(METHODS)}."
+    if (section, name) == ("train", "lr"):
+        return f"Peak learning rate; auto is the method's own: {method.why}."
+    if section != "method":
+        return about
+    kinds, others = "|".join(METHODS), "|".join(other for other in METHODS if other != kind)
+    takers, apart = rf" \((?:(?:{kinds})[,)] ?)+", rf" \((?:{others})\b[^)]*:[^)]*\)"  # (lora, dora), (rslora: …)
+    return re.sub(f"{takers}|{apart}", "", about.partition(". ")[0].rstrip(".") + ".")
 
 
 def load_prompts(section: GenerateSection) -> list[str | list[dict[str, str]]]:

@@ -122,20 +122,37 @@ def train(
         if begun is not None and world.leads:
             held.enter_context(begun.locked())
         bench = workbench(chosen, begun, world, say)
-        folder = world.share(_recorded(begun, run_name(chosen, Path(recipe)), bench, held) if world.leads else None)
-        assert folder is not None
-        held.enter_context(_interrupted(folder, say))
-        held.enter_context(_reported(folder, say, world.leads))
-        name = run_name(chosen, Path(recipe))
-        say(f"run: {folder.path}" + (f" ({name} is taken)" if begun is None and folder.name != name else ""))
-        if watch is not None:
-            watch(folder.path)
-        checkpoint = resume_from(folder, say) if begun else None
-        if checkpoint is not None and not proof:
-            say("resume: the proof belongs to a run's start: --no-proof changes nothing")
-        run = Run(folder, chosen, _trained(folder, bench, world, checkpoint, proof, say, shown=watch is None))
-        if world.leads and run.outcome is not None and run.outcome.stopped is None:
-            _say_samples(run, bench, checkpoint, say)
+        return carried(bench, begun, run_name(chosen, Path(recipe)), world, held, proof=proof, say=say, watch=watch)
+
+
+def carried(
+    bench: Workbench,
+    begun: RunFolder | None,
+    name: str,
+    world: World,
+    held: ExitStack,
+    *,
+    proof: bool,
+    say: Say,
+    watch: Callable[[Path], None] | None,
+) -> Run:
+    """What is on the bench trained to its end, in a folder of that name or in that of the run that was `begun`.
+
+    `held` keeps the folder to this process, and reports how the run ended.
+    """
+    folder = world.share(_recorded(begun, name, bench, held) if world.leads else None)
+    assert folder is not None
+    held.enter_context(_interrupted(folder, say))
+    held.enter_context(_reported(folder, say, world.leads))
+    say(f"run: {folder.path}" + (f" ({name} is taken)" if begun is None and folder.name != name else ""))
+    if watch is not None:
+        watch(folder.path)
+    checkpoint = resume_from(folder, say) if begun else None
+    if checkpoint is not None and not proof:
+        say("resume: the proof belongs to a run's start: --no-proof changes nothing")
+    run = Run(folder, bench.recipe, _trained(folder, bench, world, checkpoint, proof, say, shown=watch is None))
+    if world.leads and run.outcome is not None and run.outcome.stopped is None:
+        _say_samples(run, bench, checkpoint, say)
     return run
 
 

@@ -32,28 +32,59 @@ class Score:
     """Greedy, in the order of the questions."""
 
 
-def figures(score: Score, base: Score, questions: Sequence[Question]) -> dict[str, Any]:
-    """A score as numbers, None for what was not measured. Shares lie between 0 and 1; `…_bounds` are `Bounds`.
+def figures(scores: Sequence[Score], base: Score, questions: Sequence[Question]) -> dict[str, Any]:
+    """One model's score, or those of several seeds on the same rows, as numbers; None for what was not measured.
 
     loss: nats a supervised token. exact: held-out rows answered exactly, of `answered`. stopped_share: of these, or
     where there are none of all replies. perplexity: of the general texts; perplexity_change: against the base's, 0.1
-    is a tenth more. The bounds of the change are paired: both models read the same texts.
+    is a tenth more. Shares lie between 0 and 1; several seeds' figures are their means. `…_bounds` are `Bounds`: they
+    tell what other rows and texts would change, not other seeds; those of the change are paired, as both models read
+    the same texts.
     """
-    asked = list(zip(questions, score.replies, strict=True))
-    held = [(question, reply) for question, reply in asked if question.reference is not None]
-    right = sum(question.right(reply) for question, reply in held)
-    ended = [reply.stopped for _, reply in held or asked]
+    rows, texts = _averaged([score.rows for score in scores]), _averaged([score.texts for score in scores])
+    held = [i for i, question in enumerate(questions) if question.reference is not None]
+    shares = _right(scores, questions)
+    right = sum(shares[i] for i in held)
+    ended = [score.replies[i].stopped for score in scores for i in held or range(len(questions))]
     return {
-        "loss": mean(score.rows) if score.rows else None,
-        "loss_bounds": resampled(mean, score.rows) if score.rows else None,
+        "loss": mean(rows) if rows else None,
+        "loss_bounds": resampled(mean, rows) if rows else None,
         "answered": len(held),
         "exact": right if held else None,
         "exact_share": right / len(held) if held else None,
         "exact_bounds": share_bounds(right, len(held)) if held else None,
         "stopped_share": sum(ended) / len(ended) if ended else None,
-        "perplexity": math.exp(min(mean(score.texts), 700)),
-        **_change(score.texts, base.texts),
+        "perplexity": math.exp(min(mean(texts), 700)),
+        **_change(texts, base.texts),
     }
+
+
+def differences(
+    scores: Sequence[Score], others: Sequence[Score], questions: Sequence[Question]
+) -> dict[str, Bounds | None]:
+    """Bounds of how much more a model answers exactly (share) and loses (nats a token) than another on the same rows.
+
+    Paired: by rows, so that what makes a row hard for both does not widen them. None for what was not measured.
+    """
+    here, there = _right(scores, questions), _right(others, questions)
+    held = [(here[i] - there[i], 1) for i, question in enumerate(questions) if question.reference is not None]
+    pairs = zip(_averaged([one.rows for one in scores]), _averaged([one.rows for one in others]), strict=True)
+    lost = [(one - other, tokens) for (one, tokens), (other, _) in pairs]
+    return {"exact": resampled(mean, held) if held else None, "loss": resampled(mean, lost) if lost else None}
+
+
+def _right(scores: Sequence[Score], questions: Sequence[Question]) -> list[float]:
+    """Of each question the share of the seeds that answer it exactly."""
+    return [
+        sum(question.right(score.replies[i]) for score in scores) / len(scores) for i, question in enumerate(questions)
+    ]
+
+
+def _averaged(losses: Sequence[Losses]) -> Losses:
+    """Text by text the mean over seeds."""
+    return [
+        (math.fsum(loss for loss, _ in of_text) / len(of_text), of_text[0][1]) for of_text in zip(*losses, strict=True)
+    ]
 
 
 def _change(texts: Losses, base: Losses) -> dict[str, Any]:
@@ -78,7 +109,7 @@ def resampled(figure: Callable[[Losses], float], losses: Losses) -> Bounds:
     return float(low), float(high)
 
 
-def share_bounds(right: int, of: int) -> Bounds:
+def share_bounds(right: float, of: int) -> Bounds:
     """Wilson's interval of a share (Wilson 1927): unlike the bootstrap's not of width 0 where all or none are right."""
     square = LEVEL**2
     middle = (right + square / 2) / (of + square)

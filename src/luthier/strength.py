@@ -35,7 +35,7 @@ from luthier.run import Run, load_run
 from luthier.scores import Score, figures, least
 from luthier.sections import GenerateSection
 from luthier.view.notebook import shell
-from luthier.view.report import about
+from luthier.view.report import about, write_report
 from luthier.view.strengthpage import bar, markdown, show, strength_html
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -63,7 +63,7 @@ class Strengths:
 
     def figures(self) -> dict[float, dict[str, Any]]:
         """`scores.figures` at each strength, those of 0 first."""
-        return {at: figures(score, self.scores[0.0], self.questions) for at, score in self.scores.items()}
+        return {at: figures([score], self.scores[0.0], self.questions) for at, score in self.scores.items()}
 
     @property
     def best(self) -> float | None:
@@ -116,6 +116,7 @@ def strengths_of(run: Run, *, rows: int, text: Path | None, say: Say) -> Strengt
     write_json(page.with_suffix(".json"), found.as_json())
     write_atomic(page.with_suffix(".md"), markdown(found, **told))
     write_atomic(page, strength_html(found, **told))
+    write_report(run.folder)
     say(f"page: {page}")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,27 @@ from luthier.loaded import Prompt, Say, load_data, load_encoder, prompt_ids
 from luthier.methods import trains_base
 from luthier.recipe import load_prompts
 from luthier.resume import check_same_data, today_of
-from luthier.sections import ModelSection, Recipe, TrainSection
+from luthier.sections import MethodSection, ModelSection, Recipe, TrainSection
 
 if TYPE_CHECKING:
     from luthier.data.batches import Order
     from luthier.data.encode import Encoder
     from luthier.data.prepare import Data
     from luthier.training.distributed import World
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a run needs whatever its method: the base model, and rows and prompts as ids."""
+
+    path: Path
+    tokenizer: Any
+    encoder: Encoder
+    data: Data
+    order: Order
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    model: Any
 
 
 @dataclass(frozen=True)
@@ -37,20 +52,43 @@ class Workbench:
     prompts: list[Prompt]
 
 
-def workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -> Workbench:
-    """Load what the recipe names; `begun` is the run that goes on. Errors: those of `train` before it writes."""
-    from luthier.data.batches import order_of
+def workbench(
+    recipe: Recipe, begun: RunFolder | None, world: World, say: Say, ground: Ground | None = None
+) -> Workbench:
+    """Load what the recipe names, or take it from `ground`, whose model is changed; `begun` is the run that goes on.
+
+    Errors: those of `train` before it writes.
+    """
     from luthier.generate import check_prompts
     from luthier.models.adapters import attach
-    from luthier.models.load import footprint, idle_gpus, load_model
-    from luthier.models.quantize import check_extras
     from luthier.training.optim import peak_lr
     from luthier.training.start import autocast_dtype
 
+    ground = ground or load_ground(recipe, [recipe.method], begun, world, say)
+    model, path, tokenizer, data = ground.model, ground.path, ground.tokenizer, ground.data
+    stored, method, seed = model.dtype, recipe.method, recipe.train.seed
+    rate = peak_lr(recipe.train, recipe.method.kind, model)
+    model = attach(model, method, seed, say=say, revision=recipe.model.revision, tokenizer=tokenizer)
+    check_window(model, data, path)  # behind the virtual tokens of a soft prompt
+    check_prompts(model, ground.ids, recipe.generate)
+    section = with_precision(recipe.train, stored, model.dtype, world.device.type, say)
+    autocast_dtype(model, section)
+    _say_rate(recipe, rate, model, say)
+    return Workbench(recipe, section, model, stored, tokenizer, ground.encoder, data, ground.order, ground.prompts)
+
+
+def load_ground(
+    recipe: Recipe, methods: Sequence[MethodSection], begun: RunFolder | None, world: World, say: Say
+) -> Ground:
+    """Tokenizer, rows and base model of a recipe, for runs with these methods. Errors: those of `train`."""
+    from luthier.data.batches import order_of
+    from luthier.models.load import footprint, idle_gpus, load_model
+    from luthier.models.quantize import check_extras
+
     check_extras(recipe)
-    rate = peak_lr(recipe.train, recipe.method.kind)
     path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
-    _check_before_data(path, recipe, tokenizer)
+    for method in methods:
+        _check_before_data(path, recipe, method, tokenizer)
     prompts = list[Prompt](load_prompts(recipe.generate))
     ids = [prompt_ids(encoder, prompt, recipe.generate) for prompt in prompts]
     data = load_data(recipe, encoder, say)
@@ -62,17 +100,10 @@ def workbench(recipe: Recipe, begun: RunFolder | None, world: World, say: Say) -
     model = load_model(path, held(recipe, world.device), world.device, say=say)
     say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
     check_vocabulary(model, data, path)
-    stored, method, seed = model.dtype, recipe.method, recipe.train.seed
-    model = attach(model, method, seed, say=say, revision=recipe.model.revision, tokenizer=tokenizer)
-    check_window(model, data, path)  # behind the virtual tokens of a soft prompt
-    check_prompts(model, ids, recipe.generate)
-    section = with_precision(recipe.train, stored, model.dtype, world.device.type, say)
-    autocast_dtype(model, section)
-    _say_rate(recipe, rate, say)
-    return Workbench(recipe, section, model, stored, tokenizer, encoder, data, order, prompts)
+    return Ground(path, tokenizer, encoder, data, order, prompts, ids, model)
 
 
-def _check_before_data(path: Path, recipe: Recipe, tokenizer: Any) -> None:
+def _check_before_data(path: Path, recipe: Recipe, method: MethodSection, tokenizer: Any) -> None:
     """What the configuration alone tells to be wrong, before rows are encoded and weights are read. Errors: ModelError.
 
     A target that matches nothing, say: the method is tried on the model without its numbers.
@@ -85,9 +116,9 @@ def _check_before_data(path: Path, recipe: Recipe, tokenizer: Any) -> None:
     from luthier.rehearsal import bare_model
 
     native = check_architecture(path, read_config(path), recipe.model.trust_vendor_code)
-    if native and recipe.method.kind != "full":
+    if native and method.kind != "full":
         bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
-        attach(bare, recipe.method, recipe.train.seed, say=lambda _: None, tokenizer=tokenizer)
+        attach(bare, method, recipe.train.seed, say=lambda _: None, tokenizer=tokenizer)
 
 
 def check_vocabulary(model: Any, data: Data, path: Path) -> None:
@@ -137,9 +168,9 @@ def with_precision(section: TrainSection, stored: Any, dtype: Any, device: str, 
     return section.model_copy(update={"precision": "bf16"})
 
 
-def _say_rate(recipe: Recipe, rate: float, say: Say) -> None:
+def _say_rate(recipe: Recipe, rate: float, model: Any, say: Say) -> None:
     from luthier.training.optim import default_lr
 
     if recipe.train.lr == "auto":
-        _, why = default_lr(recipe.method.kind, recipe.train.optimizer)
+        _, why = default_lr(recipe.method.kind, recipe.train.optimizer, model)
         say(f"train.lr: auto is {rate:g} for {recipe.method.kind}: {why}")

@@ -188,6 +188,16 @@ def test_about_a_run(folder: RunFolder) -> None:
     assert "kept" not in about(folder) and "disk" not in about(folder)
 
 
+def test_the_runs_other_pages_are_linked(folder: RunFolder) -> None:
+    assert "Beside this page" not in put(folder).page
+    (folder.path / "strength.html").write_text("")
+    page = put(folder).page
+    assert '<p>Beside this page: <a href="strength.html">the adapter at several strengths</a></p>' in page
+    (folder.path / "compare.html").write_text("")
+    links = '<a href="compare.html">every answer of base and tuned</a> · <a href="strength.html">the adapter at'
+    assert links in put(folder).page
+
+
 def test_what_the_recipe_says_otherwise_than_the_defaults(folder: RunFolder) -> None:
     read = put(folder)
     assert read.rows[read.rows.index(["key", "this run", "default"]) + 1 :] == [
@@ -379,6 +389,7 @@ def test_proof(folder: RunFolder) -> None:
         "The run took Luthier's engine. Before step 1 the loss and 56 gradients of 2 of its own rows (t:1, t:2)"
         in (read.sections["Proof of the engine"])
     )
+    assert "the loss and 1 gradient of 2 of its own rows" in put(folder, proof=PROOF | {"gradients": 1}).page
     assert "in fp32, dropout on; it took 0.2 s" in read.sections["Proof of the engine"]
     assert ["engine", "1.9e-06", "1e-04", "layers.0.q_proj"] in read.rows
     tried = {"engine": {"loss": 0.5, "difference": 0.5, "of": "x"}, "own_logits": {"reason": "cannot be packed"}}
@@ -393,11 +404,12 @@ def test_merges(folder: RunFolder) -> None:
     merge = {"out": EVIL, "time": BEGAN, "dtype": "fp32", "verified": True, "figures": figures}
     held = {"trained": {"quantize": "nf4"}, "figures": figures | {"max_logit_difference": None}, "reason": None}
     unproven = {"out": "b", "time": BEGAN, "dtype": "bf16", "verified": None, "figures": None, "quantised": held}
+    unproven |= {"strength": 0.75}
     read = put(folder, merges=[merge, unproven])
     rows = read.rows[-4:] if read.rows[-4][0] == "folder" else read.rows[-3:]
     assert rows[-3][0] == EVIL.replace("\x1b", "␛")
     assert rows[-3][2:] == ["fp32", "✓ verified", "1.3e-05", "3.9e-14", "100 %", "1,004"]
-    assert rows[-2][2:] == ["bf16", "not verified", "–", "–", "–", "–"]
+    assert rows[-2][2:] == ["bf16, at strength 0.75", "not verified", "–", "–", "–", "–"]
     assert rows[-1][3:] == [
         "beside the nf4 model that was trained (told, not judged)",
         "–",

@@ -6,20 +6,20 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from luthier.cli.methods import methods
 from luthier.cli.recipe import recipe_app
 from luthier.cli.results import compare, export, merge, report
 from luthier.cli.runs import runs_app
-from luthier.cli.words import Overrides, Recipe, aside, say, say_next
+from luthier.cli.words import Overrides, Recipe, aside, say, say_next, screen
 from luthier.errors import LuthierError, RecipeError
 from luthier.methods import METHODS, whole
-from luthier.training.launch import rank, speaks
+from luthier.training.launch import speaks
 from luthier.words import quoted
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def train(
         say("loading libraries, data and model …")  # which takes some seconds
     from luthier.run import train as train_run
 
-    with _screen() as screen:
-        run = train_run(recipe, overrides or [], resume=resume, proof=not no_proof, **screen)
+    with screen() as shown:
+        run = train_run(recipe, overrides or [], resume=resume, proof=not no_proof, **shown)
     _exit_if_stopped(run)
     outcome, folder = run.outcome, run.folder.shown
     assert outcome is not None
@@ -238,7 +238,7 @@ def chat(
     verbs.chat(target, adapter=adapter, base=base, system=system, read=_read_turn, write=_write, say=aside)
 
 
-for verb in (compare, merge, export, report):
+for verb in (compare, merge, export, report, methods):
     app.command()(verb)
 
 
@@ -264,22 +264,7 @@ def quickstart() -> None:
     """
     from luthier import verbs
 
-    _exit_if_stopped(verbs.quickstart(Path.cwd(), say=say, screen=_screen))
-
-
-@contextmanager
-def _screen() -> Iterator[dict[str, Any]]:
-    """How a run is shown while it trains, as `train` takes it: a panel where the terminal can draw one, else lines."""
-    from rich.console import Console
-
-    from luthier.view.panel import is_live, live
-
-    console = Console()
-    if rank() != 0 or not is_live(console):
-        yield {"say": say}
-        return
-    with live(console, say) as screen:
-        yield {"say": screen.say, "watch": screen.watch}
+    _exit_if_stopped(verbs.quickstart(Path.cwd(), say=say, screen=screen))
 
 
 def _write(text: str) -> None:

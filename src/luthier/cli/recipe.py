@@ -33,14 +33,16 @@ def recipe_show(recipe: Recipe, overrides: Overrides = None) -> None:
 @recipe_app.command("new")
 def recipe_new(
     path: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Where to write it; else the screen.")] = None,
+    kind: Annotated[str, typer.Option(help="Of the method, as lora, p_tuning or full.")] = "lora",
 ) -> None:
     """A commented recipe to start from."""
     from luthier.recipe import new_recipe
 
+    text = new_recipe(kind=kind)
     if path is None:
-        say(new_recipe().rstrip())
+        say(text.rstrip())
         return
     if path.exists():
         raise RecipeError(f"{path} is there already; give another name, or remove it first")
-    path.write_text(new_recipe(), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     say(f"{path}: fill in model.name and data.train, then: luthier look {path}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from luthier.cli.words import RunPath, say, say_next
+from luthier.cli.words import RunPath, say, say_next, screen
 from luthier.errors import RecipeError
 from luthier.methods import METHODS
 from luthier.words import quoted
@@ -21,7 +23,11 @@ class Layout(StrEnum):
 
 
 def compare(
-    run: RunPath,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, as runs/NAME; with --methods a recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="With --methods: a key of the recipe with another value."),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -33,30 +39,66 @@ def compare(
     strength: Annotated[
         bool, typer.Option("--strength", help="The adapter at 0, 1/4, 1/2, 3/4, 1 and 1 1/4 of its strength.")
     ] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="KIND,KIND…", help="Train these methods of a recipe side by side (`luthier methods`)."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="With --methods: how often each is trained: 2.", show_default=False)
+    ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="With --strength: general text of your own, to measure forgetting by.")
+        Path | None,
+        typer.Option(help="With --strength or --methods: general text of your own, to measure forgetting by."),
     ] = None,
 ) -> None:
     """Ask base and tuned the same prompts.
 
     The recipe's prompts and held-out rows; a table, compare.md, compare.html and compare.json. With --strength what the
-    task gains and general text loses as the adapter is scaled, without training: strength.md, .html and .json.
+    task gains and general text loses as the adapter is scaled, without training: strength.md, .html and .json. With
+    --methods each method is trained on the recipe's rows, with two seeds: methods.md, .html and .json.
     """
+    if strength and methods is not None:
+        raise RecipeError("--strength is of a run, --methods of a recipe: take one of them")
+    if methods is not None:
+        _bake_off(run, methods, overrides or [], seeds, rows, text)
+        return
+    if overrides or seeds is not None:
+        given = overrides[0] if overrides else "--seeds"
+        raise RecipeError(f"{given} goes with --methods, which trains; a run is compared as it was trained")
     from luthier import verbs
     from luthier.run import open_run
     from luthier.runs import find_run
 
-    opened = open_run(find_run(str(run)).path)
+    opened = open_run(find_run(run).path)
     name, more = quoted(opened.folder.shown), ""
     if strength:
         least = verbs.strengths(opened, rows=rows, text=text, say=say).best
         more = "" if least is None else f" --strength {least:g}"
     elif text is not None:
-        raise RecipeError("--text goes with --strength: it measures what is forgotten")
+        raise RecipeError("--text goes with --strength or --methods: it measures what is forgotten")
     else:
         verbs.compare(opened, rows=128 if rows is None else rows, say=say)
     merges = METHODS[opened.recipe.method.kind].merges
     say_next(f"luthier merge {name}{more} -o DIR" if merges else f"luthier chat {name}")
+
+
+def _bake_off(
+    recipe: str, methods: str, overrides: list[str], seeds: int | None, rows: int | None, text: Path | None
+) -> None:
+    if sys.stdout.isatty():
+        say("loading libraries, data and model …")
+    from luthier.bakeoff import SEEDS, compare_methods
+
+    options = {"seeds": seeds or SEEDS, **({} if rows is None else {"rows": rows})}
+    found = compare_methods(recipe, methods.split(","), overrides, **options, text=text, say=say, screen=screen)
+    if found.figures is None:
+        command = ["luthier", "compare", "--methods", methods, *(["--seeds", str(seeds)] * bool(seeds))]
+        say(f"stopped; go on with: {shlex.join([*command, recipe, *overrides])}")
+        sys.exit(128 + (found.stopped or 0))
+    best = next((one for one in found.figures["methods"] if one["kind"] == found.figures["best"]), None)
+    if best is not None:
+        name = quoted(Path(best["seeds"][0]["run"]))
+        say_next(f"luthier merge {name} -o DIR" if best["mergeable"] else f"luthier chat {name}")
 
 
 def merge(

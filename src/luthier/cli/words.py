@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,3 +50,18 @@ def say_next(*commands: str) -> None:
     """What to do next, a command a line."""
     for number, command in enumerate(commands):
         say(f"{'     ' if number else 'next:'} {command}")
+
+
+@contextmanager
+def screen() -> Iterator[dict[str, Any]]:
+    """How a run is shown while it trains, as `train` takes it: a panel where the terminal can draw one, else lines."""
+    from rich.console import Console
+
+    from luthier.view.panel import is_live, live
+
+    console = Console()
+    if rank() != 0 or not is_live(console):
+        yield {"say": say}
+        return
+    with live(console, say) as panel:
+        yield {"say": panel.say, "watch": panel.watch}

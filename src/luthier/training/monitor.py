@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import resource
 import sys
@@ -10,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -210,6 +213,21 @@ def _json_line(line: dict[str, Any]) -> str:
 def _memory() -> int:
     """Bytes in use just now: what torch holds on this process's GPU, else what the process has."""
     return torch.cuda.memory_allocated() or int(psutil.Process().memory_info().rss)
+
+
+def forget_peak() -> bool:
+    """From here on the peak is that of what comes. False where the system's cannot be set back (as on macOS)."""
+    gc.collect()
+    if torch.cuda.max_memory_allocated():  # 0 where CUDA is not in use
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier work left in the heap is nobody's need
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def _peak_memory() -> int:

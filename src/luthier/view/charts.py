@@ -6,7 +6,7 @@ A page (or a notebook's cell) that shows one needs `STYLE` once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -93,14 +93,6 @@ def line_chart(
     about = {"viewBox": f"0 0 {WIDE + more:g} {TALL:g}", "role": "img", "aria-label": f"{y} by {x}"}
     picture = tag("svg", *_grid(across, up), *lines, *_strips(drawn, across), **about)
     return tag("figure", caption, picture, class_=kind)
-
-
-def frame(points: Sequence[Point], *, x: str, y: str) -> tuple[dict[str, str], list[Html], Callable[[Point], Point]]:
-    """For another picture than lines: the svg's attributes, its grid, and where a point lies. 0 is on both axes."""
-    across = _widened(_axis([0.0, *(a for a, _ in points)], LEFT, RIGHT))
-    up = _widened(_axis([0.0, *(b for _, b in points)], BOTTOM, TOP, most=5))
-    about = {"viewBox": f"0 0 {WIDE:g} {TALL:g}", "role": "img", "aria-label": f"{y} against {x}"}
-    return about, _grid(across, up), lambda point: (across.place(point[0]), up.place(point[1]))
 
 
 def sparkline(values: Sequence[float]) -> Html:

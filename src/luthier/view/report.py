@@ -31,6 +31,7 @@ from luthier.words import duration, quoted
 OPEN_ROWS = 10  # held-out rows shown at once, those that got worse first; the others unfold
 CURVE = 3  # steps that make a curve
 SAID = ("peak memory", "tokens a second")  # among the figures of a run's time, whether they have a chart or not
+PAGES = {"compare.html": "every answer of base and tuned", "strength.html": "the adapter at several strengths"}
 SAMPLES = 10  # replies to one prompt; of more evaluations, as many evenly spread
 STYLE = """
 .state { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .65rem; font-size: .85rem;
@@ -75,6 +76,7 @@ def report_html(folder: RunFolder) -> str:
     parts = [
         _note(history),
         figures(_headline(history, comparison, environment or {})),
+        _pages(folder),
         _section("Curves", *_curves(history)) if len(history.losses) >= CURVE else "",
         _section("Samples on the way", *_samples(history.samples)) if history.samples else "",
         _section("Base against tuned", *_comparison(comparison)) if comparison else "",
@@ -199,6 +201,12 @@ def _energy(history: History) -> float | None:
 
 def _gpus(history: History) -> list[dict[str, Any]]:
     return next((line["gpu"] for line in reversed(history.metrics) if line["gpu"]), [])
+
+
+def _pages(folder: RunFolder) -> Html:
+    """Links to the run's other pages, which lie beside this one."""
+    links = [tag("a", what, href=name) for name, what in PAGES.items() if (folder.path / name).is_file()]
+    return tag("p", "Beside this page: ", Html(" · ".join(links))) if links else Html("")
 
 
 # -- what happened on the way ----------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def proof_part(proof: dict[str, Any]) -> Iterator[Html]:
         "plain": "The run took the plain path: rows padded, through transformers alone.",
     }
     against = f"{len(proof['rows'])} of its own rows ({', '.join(proof['rows'])})"
-    what = f"the loss and {proof['gradients']:,} gradients" if proof["gradients"] else "the loss"
+    count = proof["gradients"]
+    what = f"the loss and {count:,} gradient{'s' if count > 1 else ''}" if count else "the loss"
     dropout = ", dropout on" if proof["dropout"] else ""
     yield tag(
         "p",
@@ -141,8 +142,9 @@ def merges_part(merges: Sequence[dict[str, Any]]) -> Iterator[Html]:
     for merge in merges:
         when = f"{datetime.fromtimestamp(merge['time']).astimezone():%d %B %Y, %H:%M}"
         verdict, colour = VERDICTS[merge["verified"]]
+        part = "" if merge.get("strength") is None else f", at strength {merge['strength']:g}"
         rows.append(
-            (merge["out"], when, merge["dtype"], tag("span", verdict, class_=colour), *_apart(merge["figures"]))
+            (merge["out"], when, merge["dtype"] + part, tag("span", verdict, class_=colour), *_apart(merge["figures"]))
         )
         if quantised := merge.get("quantised"):
             beside = f"beside the {quantised['trained']['quantize']} model that was trained (told, not judged)"

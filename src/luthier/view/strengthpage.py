@@ -97,7 +97,7 @@ def _minus(figure: str) -> str:
 
 
 @contextmanager
-def bar(things: int) -> Iterator[Callable[[], None]]:
+def bar(things: int, what: str = "at each strength") -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, elsewhere nothing; it gives what to call behind each of the things to do."""
     columns = (
         "[progress.description]{task.description}",
@@ -106,7 +106,7 @@ def bar(things: int) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("at each strength", total=things)
+        task = progress.add_task(what, total=things)
         yield lambda: progress.advance(task)
 
 
