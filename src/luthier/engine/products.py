@@ -1,8 +1,7 @@
 """Products with frozen 16-bit weights, computed in fp32 where the processor multiplies fp32 faster.
 
-The results are 16-bit as before, and nearer to the truth: what is rounded is rounded once. (LoRA's first small updates
-are mostly below half a step of a bf16 product: added behind its rounding two thirds of them arrive, before it all.)
-Weights are widened for one product, a part at a time, and never kept.
+The results are 16-bit as before, and nearer to the truth: what is rounded is rounded once. Weights are widened for one
+product, a part at a time, and never kept.
 
 Shapes: T tokens, D columns in, O columns out.
 """
