@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from luthier.engine.products import faster
 from luthier.errors import RunError
-from luthier.sections import TrainSection
+from luthier.models.adapters import attach, save_adapter
+from luthier.quiet import quiet
+from luthier.sections import MethodSection, TrainSection
 from luthier.training import checkpoint
 from luthier.training.checkpoint import TrainState, latest
 from luthier.training.optim import make_optimizer
@@ -93,6 +95,35 @@ def test_kill_and_resume_is_no_difference(tmp_path, method, recompute):
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(11))
     assert not [line for line in said if line.startswith("resume:")]
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_what_a_and_b_started_from_comes_back(tmp_path, kind):
+    """Decomposed anew elsewhere it may have other signs: the run goes on from its own start."""
+    quiet()  # peft warns while it attaches
+
+    def begun(sign=1):
+        model = attach(tiny("llama"), MethodSection(kind=kind, r=4), 3, say=lambda line: None)
+        for layer in model.modules():
+            if hasattr(layer, "luthier_start_a"):
+                layer.luthier_start_a.mul_(sign)
+                layer.luthier_start_b.mul_(sign * 1.01)
+        return model
+
+    def run(path, model, **options):
+        return fit(path, model, ROWS, section, write=lambda folder: save_adapter(model, folder), **options)
+
+    section = TrainSection(batch=4, steps=6, save_every=3, lr=3e-3)
+    straight = begun()
+    expected = run(tmp_path / "run", straight)
+    elsewhere = begun(-1)
+    folder = tmp_path / "run" / "checkpoints" / "step-000003"
+    assert run(tmp_path / "run", elsewhere, resume=folder).losses == expected.losses
+    weights, others = trained(straight), trained(elsewhere)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match=r": damaged \(.*adapter_model\.safetensors"):
+        run(tmp_path / "run", begun(), resume=folder)
 
 
 def test_dropout_matters_in_that_test(tmp_path):

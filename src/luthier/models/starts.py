@@ -9,6 +9,8 @@ Shapes: O rows and D columns of a weight, r the rank. Sources: Meng et al. 2024 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from luthier.errors import ModelError
@@ -48,7 +51,8 @@ def begin(model: PeftModel, kind: str) -> None:
             with torch.no_grad():
                 a.copy_(first_a)
                 b.copy_(first_b)
-        layer.luthier_start_a, layer.luthier_start_b = a.detach().clone(), b.detach().clone()
+        layer.luthier_start_a = a.luthier_start = a.detach().clone()  # `recall` goes by the parameter
+        layer.luthier_start_b = b.luthier_start = b.detach().clone()
         layer.lora_variant["default"] = _FromStart()
 
 
@@ -71,6 +75,23 @@ def as_trained(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor
         if a in found and b in found and len(found[a]) == 2 * r == found[b].shape[1]:
             found[a], found[b] = found[a][:r], found[b][:, :r]
     return found
+
+
+def recall(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+    """Put back where the trainable parameters, by name, started, out of the tensors that `as_lora` made of them.
+
+    A run that goes on must: a decomposition that is computed anew, on another processor or with another number of
+    threads, differs in its last bits, and at times in its signs. Errors: OSError, SafetensorError, KeyError, ValueError
+    where the file is damaged or does not fit.
+    """
+    begun = {name: value.luthier_start for name, value in parameters.items() if hasattr(value, "luthier_start")}
+    tensors = load_file(file) if begun else {}
+    for name, start in begun.items():
+        stored = tensors[name.replace(".default.", ".")]
+        half = stored[len(start) :] if ".lora_A." in name else -stored[:, start.shape[1] :]
+        if half.shape != start.shape:
+            raise ValueError(f"{name} started from {list(half.shape)} there and from {list(start.shape)} in the model")
+        start.copy_(half)
 
 
 class _FromStart(LoraVariant):  # type: ignore[misc]

@@ -1,7 +1,8 @@
 """Checkpoints from which a run goes on exactly as if it had never stopped.
 
 checkpoints/step-000100/
-  adapter_config.json, adapter_model.safetensors    a PEFT folder by itself (full fine-tuning: a Hugging Face model)
+  adapter_config.json, adapter_model.safetensors    a PEFT folder by itself (full fine-tuning: a Hugging Face model);
+                       it holds what PiSSA and OLoRA started from as well
   state.safetensors    weight/NAME (adapters only: a whole model has them in its own files), optimizer/NAME/KEY, rng/…
   state.json           TrainState, the generators of Python and numpy, what the numbers depend on; written last
 
@@ -29,6 +30,7 @@ from luthier.engine.forward import Route
 from luthier.engine.products import faster
 from luthier.errors import RunError
 from luthier.folder import folder_atomic, write_json
+from luthier.models import adapters, starts
 from luthier.training.optim import recall, remembered
 
 STATE = "state.json"
@@ -132,6 +134,7 @@ def load(
         tensors = load_file(folder / TENSORS)
         _check_names(folder, set(record["trainable"]), set(parameters))
         _load_weights(folder, tensors, parameters)
+        starts.recall(parameters, folder / adapters.TENSORS)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(f"{folder}: damaged ({error}); delete it to resume from the checkpoint before it") from error
     _load_optimizer(tensors, parameters, optimizer)
