@@ -150,6 +150,16 @@ def test_a_rehearsal_is_the_pass_itself_without_its_numbers(tmp_path: Path, fami
     assert found.backward == max(0, peak - kept - gradients) and found.holes == 0
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_rehearsal_needs_no_number_that_is_drawn(tmp_path: Path, kind: str) -> None:
+    """PEFT tosses for each of these layers, whether it is to drop, though none ever is."""
+    folder = config_alone(tmp_path / "model", "llama")
+    part = pack(_Assumed(40), [0, 1])
+    plain, found = (memory(bare(folder, method=MethodSection(kind=one, r=4)), part) for one in ("lora", kind))
+    assert found.rehearsal is not None and plain.rehearsal is not None
+    assert found.rehearsal.kept > plain.rehearsal.kept > 0  # the product that is added to each weight is kept as well
+
+
 def test_memory_follows_what_it_is_of(tmp_path: Path) -> None:
     folder = config_alone(tmp_path / "model", "llama")
     few, many = (pack(_Assumed(40), range(rows)) for rows in (2, 4))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +108,9 @@ def rehearse(
     if checkpointing:
         recompute_activations(model)
     model.train()
+    for module in model.modules():
+        if isinstance(module, LycorisLayer):
+            module.training = False  # LoHa, LoKr: else they would look at a number that is drawn, though nothing drops
     part = behind(part, virtual_of(model))
     given = _faked(on_device(part, torch.device("cpu"), seed, fast_attention=engine.fast_attention), mode)
     layers = without_layers(engine) if route == "plain" else engine

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -36,7 +37,7 @@ def structure(model: Any) -> list[str]:
 
 def _node(module: nn.Module, seen: set[int]) -> Node:
     """The tree from this module down."""
-    if isinstance(module, LoraLayer):
+    if isinstance(module, BaseTunerLayer):
         return _adapted(module, seen)
     if isinstance(module, ModulesToSaveWrapper):
         inner = _node(module.modules_to_save["default"], seen)
@@ -47,13 +48,14 @@ def _node(module: nn.Module, seen: set[int]) -> Node:
 
 
 def _adapted(layer: Any, seen: set[int]) -> Node:
-    base: Any = layer.get_base_layer()
-    kind, facts = _kind(base), _facts(base, set(seen), seen)
-    extra = [p for part in (layer.lora_A, layer.lora_B, layer.lora_embedding_A) for p in part.parameters()]
-    count = sum(parameter.numel() for parameter in extra if id(parameter) not in seen)
-    seen |= {id(parameter) for parameter in extra}
-    rank = next(iter(layer.r.values()))
-    return Node(kind, (*facts[:2], f"LoRA r {rank}, {count:,} parameters"), ())
+    """The layer that is adapted, of whatever kind PEFT's layer around it is."""
+    inner = _node(layer.get_base_layer(), seen)
+    added = (getattr(layer, name) for name in layer.adapter_layer_names if hasattr(layer, name))
+    extra = {id(parameter): parameter for part in added for parameter in part.parameters()}
+    count = sum(parameter.numel() for key, parameter in extra.items() if key not in seen)
+    seen |= extra.keys()
+    name = f"LoRA r {next(iter(layer.r.values()))}" if isinstance(layer, LoraLayer) else "adapted"
+    return inner._replace(facts=(*inner.facts[:2], f"{name}, {count:,} parameters"))
 
 
 def _facts(module: nn.Module, before: set[int], seen: set[int]) -> tuple[str, str, str]:

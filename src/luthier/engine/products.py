@@ -95,7 +95,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
         flat = widened("x", x.reshape(-1, x.shape[-1]))
-        return forward(flat, layer.weight, layer.bias).to(x.dtype).view(*x.shape[:-1], -1)
+        y = forward(flat, layer.weight, layer.bias).view(*x.shape[:-1], -1)
+        return y.to(x.dtype)  # a tensor of its own, no view: AdaLoRA adds to it in place
 
     @staticmethod
     @once_differentiable

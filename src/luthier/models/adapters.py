@@ -152,15 +152,30 @@ def save_adapter(
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
-    config = model.peft_config["default"].to_dict()
-    tensors = dict(get_peft_model_state_dict(model, save_embedding_layers=False))  # "auto" would ask the hub
-    starts.as_lora(model, tensors, config)
+    tensors, config = saved(model)
     # cloned where layers may share it: a safetensors file holds no tensor under two names
     apart = {name: tensor.clone() if ".lora_A." in name else tensor for name, tensor in sorted(tensors.items())}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in apart.items()}, folder / TENSORS)
     config["inference_mode"] = True
     config["base_model_name_or_path"] = str(Path(model.get_base_model().name_or_path).absolute())
     write_json(folder / CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()})
+
+
+def saved(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an adapter folder holds: tensors by PEFT's names, and the configuration."""
+    config = model.peft_config["default"].to_dict()
+    tensors = dict(get_peft_model_state_dict(model, save_embedding_layers=False))  # "auto" would ask the hub
+    starts.as_lora(model, tensors, config)
+    return tensors, config
+
+
+def saved_bytes(model: PeftModel) -> int:
+    """Of the tensors that an adapter folder will hold. The model may be one without numbers."""
+    config = model.peft_config["default"]
+    if not config.is_prompt_learning:
+        return sum(tensor.nbytes for tensor in saved(model)[0].values())
+    each = 2 * config.num_layers if config.peft_type.value == "PREFIX_TUNING" else 1  # P-tuning's network is not saved
+    return int(4 * each * config.num_virtual_tokens * config.token_dim)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

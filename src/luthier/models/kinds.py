@@ -52,8 +52,16 @@ def config_of(model: PreTrainedModel, method: MethodSection) -> tuple[PeftConfig
     alpha = _plain(method.alpha)
     transposed = is_transposed(model, named)
     match method.kind:
-        case "adalora":  # its rank stays: what would take ranks away runs in PEFT's own training alone
-            sizes = {"init_r": method.r, "target_r": method.r, "r": method.r, "lora_alpha": alpha, "total_step": 1}
+        case "adalora":  # its rank stays: what would take ranks away, and what keeps A and B orthogonal for that,
+            # runs in PEFT's own training alone (the latter as a part of transformers' loss, which is the reference)
+            sizes = {
+                "init_r": method.r,
+                "target_r": method.r,
+                "r": method.r,
+                "lora_alpha": alpha,
+                "total_step": 1,
+                "orth_reg_weight": 0.0,
+            }
             return AdaLoraConfig(**sizes, fan_in_fan_out=transposed, **common), named
         case "vera":
             return VeraConfig(r=method.r, fan_in_fan_out=transposed, **common), named
