@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -468,8 +470,29 @@ def test_a_full_disk_is_seen_before_writing(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RunError, match=r"merged: the model needs 0.0 GiB, 0.0 GiB are free in .*"):
+    with pytest.raises(RunError, match=r"merged: the model needs 433\.2 KiB, 1\.0 KiB are free in .*"):
         merge(*pair, tmp_path / "merged", say=print)
+
+
+def test_a_full_memory_is_seen_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where it is loaded: LoRA's sum is made tensor by tensor, whatever is free."""
+    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
+    for kind in ("lora", "ia3"):
+        tuned(base, tmp_path / kind, kind=kind)
+    numbers = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    memory = {"available": 8 * numbers - 1}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(**memory))
+    with pytest.raises(RunError) as error:
+        merge(base, tmp_path / "ia3", tmp_path / "merged", say=lambda line: None)
+    both = f"{8 * numbers / 1024:,.1f} KiB"  # in fp32, and once more in the file that is being written
+    assert str(error.value) == (
+        f"{tmp_path / 'ia3'}: what is no LoRA is merged with the whole model in memory: that takes {both}, and {both} "
+        "are free; end what holds the rest, take a larger machine, or ship the adapter's folder"
+    )
+    assert not (tmp_path / "merged").exists()
+    merge(base, tmp_path / "lora", tmp_path / "merged", say=lambda line: None)
+    memory["available"] += 1
+    merge(base, tmp_path / "ia3", tmp_path / "other", say=lambda line: None)
 
 
 def test_plain_peft_merges_to_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ LUTHIER = Path(sys.executable).parent / "luthier"
 ORDER = [
     {"errors", "words"},
     {"sections"},
-    {"folder", "hub", "html", "quiet", "foreign", "yamlfile", "replies", "methods", "matrix"},
-    {"history", "scores"},
+    {"folder", "hub", "html", "quiet", "foreign", "yamlfile", "replies", "methods"},
+    {"history", "scores", "matrix"},
     {"data", "vocabulary", "conflicts"},
     {"engine", "checks"},
     {"models"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -224,11 +225,22 @@ def test_what_was_merged_is_gone(tmp_path: Path, rows: Path, gone: str, capsys: 
 
 
 def test_a_comparison_that_dies_without_a_word(tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that the system kills for its memory."""
-    killed = tmp_path / "python"
-    killed.write_text("#!/bin/sh\nkill -9 $$\n")
-    killed.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(killed))
-    with pytest.raises(RunError) as caught:
-        verify(tmp_path / "merged", rows, print)
-    assert str(caught.value) == f"{tmp_path / 'merged'}: the comparison died"
+    """As one that the system kills for its memory; by another cause; by Ctrl-C, which reaches both."""
+    python, merged = tmp_path / "python", tmp_path / "merged"
+    monkeypatch.setattr(sys, "executable", str(python))
+
+    def told(ends: str, error: type[BaseException]) -> str:
+        python.write_text(f"#!/bin/sh\n{ends}\n")
+        python.chmod(0o755)
+        with pytest.raises(error) as caught:
+            verify(merged, rows, print)
+        return str(caught.value)
+
+    why = "the comparison was killed (as the system does when memory runs out)"
+    assert told("kill -9 $$", RunError) == f"{merged}: written, but not verified: {why}"
+    assert told("exit 3", RunError) == f"{merged}: the comparison died"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
+    try:
+        assert told("kill -INT $PPID", KeyboardInterrupt) == f"{merged} is written, but not verified"
+    finally:
+        signal.signal(signal.SIGINT, before)

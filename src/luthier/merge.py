@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier.engine.memory import free_memory
 from luthier.errors import ModelError, RunError
 from luthier.folder import folder_atomic, write_json
 from luthier.models import families
@@ -50,6 +51,7 @@ from luthier.models.tokenizers import save_tokenizer, vendor_tokenizer
 from luthier.models.weights import DTYPES, Weights, name_of, open_weights
 from luthier.rehearsal import bare_model
 from luthier.sections import ModelSection
+from luthier.words import size
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
@@ -208,7 +210,8 @@ def _changes(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
 
 def _by_peft(base: Path, adapter: Path, strength: float) -> dict[str, _Change]:
     """What adapters that are no sum of low-rank products make of the weights, as PEFT merges them: the whole model is
-    in memory for it, in fp32."""
+    in memory for it, in fp32. Errors: RunError where there is no room for that."""
+    _check_memory(base, adapter)
     section = ModelSection(name=str(base), dtype="fp32")
     adapted = load_adapter(load_model(base, section, torch.device("cpu"), say=lambda _: None), adapter)
     modules = adapted.get_base_model().named_modules()
@@ -302,8 +305,8 @@ def _outputs(
             raise ModelError(f"{adapter}: {name} is {list(wanted)} there and {list(stored.shape)} in {weights.folder}")
         kept = base.tensors.get(source, stored).dtype if dtype == "auto" else DTYPES[dtype]
         target = kept if isinstance(stored.dtype, torch.dtype) else stored.dtype
-        size = target.itemsize if isinstance(target, torch.dtype) else 8
-        outputs.append(_Output(name, source, target, size * math.prod(stored.shape)))
+        width = target.itemsize if isinstance(target, torch.dtype) else 8
+        outputs.append(_Output(name, source, target, width * math.prod(stored.shape)))
     return outputs
 
 
@@ -315,7 +318,9 @@ def _write_weights(folder: Path, weights: Weights, outputs: list[_Output], chang
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(_tensors(weights, shard, changes), folder / file, metadata={"format": "pt"})  # freed before the next
+        tensors = {output.name: _merged(weights, output, changes.get(output.name)) for output in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        tensors.clear()  # before the next
         index |= {output.name: file for output in shard}
     if len(shards) > 1:
         total = sum(output.bytes for output in outputs)
@@ -330,10 +335,6 @@ def _shards(outputs: list[_Output]) -> Iterator[list[_Output]]:
             shard = []
         shard.append(output)
     yield shard
-
-
-def _tensors(weights: Weights, shard: list[_Output], changes: dict[str, _Change]) -> dict[str, Tensor]:
-    return {output.name: _merged(weights, output, changes.get(output.name)) for output in shard}
 
 
 def _merged(weights: Weights, output: _Output, change: _Change | None) -> Tensor:
@@ -381,8 +382,19 @@ def _check_out(out: Path, base: Path, adapter: Path) -> None:
             raise ModelError(f"{out}: it lies in {source}, which is only read; name a folder outside")
 
 
+def _check_memory(base: Path, adapter: Path) -> None:
+    """For the model in fp32 and the shard that is being written."""
+    model = 4 * sum(math.prod(one.shape) for one in open_weights(base).tensors.values())
+    needed, free = model + min(model, SHARD_BYTES), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise RunError(
+            f"{adapter}: what is no LoRA is merged with the whole model in memory: that takes {size(needed)}, and "
+            f"{size(free)} are free; end what holds the rest, take a larger machine, or ship the adapter's folder"
+        )
+
+
 def _check_space(out: Path, outputs: list[_Output]) -> None:
     place = next(parent for parent in out.absolute().parents if parent.is_dir())
     needed, free = sum(output.bytes for output in outputs), shutil.disk_usage(place).free
     if needed > free:
-        raise RunError(f"{out}: the model needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free in {place}")
+        raise RunError(f"{out}: the model needs {size(needed)}, {size(free)} are free in {place}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,9 +73,16 @@ def verify(folder: Path, rows: Path, say: Say) -> dict[str, Any]:
     They are kept in the folder's luthier_merge.json with `verified`. Errors: RunError when they are over tolerance
     (the folder is then marked `"verified": false`) or the comparison could not run.
     """
-    child = subprocess.run(
-        [sys.executable, "-m", "luthier.verify", str(folder), str(rows)], capture_output=True, text=True, check=False
-    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "luthier.verify", str(folder), str(rows)], capture_output=True, text=True
+        )
+    except KeyboardInterrupt:  # Ctrl-C; the words are for whoever says what there is
+        raise KeyboardInterrupt(f"{folder} is written, but not verified") from None
+    if child.returncode == -signal.SIGKILL:
+        raise RunError(
+            f"{folder}: written, but not verified: the comparison was killed (as the system does when memory runs out)"
+        )
     if child.returncode != 0:
         raise RunError(child.stderr.strip().rpartition("\n")[2] or f"{folder}: the comparison died")
     figures: dict[str, Any] = _note(folder)["figures"]

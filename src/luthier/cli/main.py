@@ -16,7 +16,7 @@ from luthier.cli.methods import methods
 from luthier.cli.recipe import recipe_app
 from luthier.cli.results import compare, export, merge, report
 from luthier.cli.runs import runs_app
-from luthier.cli.words import Overrides, Recipe, aside, say, say_next, screen
+from luthier.cli.words import Overrides, Recipe, aside, at_once, say, say_next, screen
 from luthier.errors import LuthierError, RecipeError
 from luthier.methods import METHODS, whole
 from luthier.training.launch import speaks
@@ -101,6 +101,7 @@ def get(
 
 
 @app.command()
+@at_once()
 def look(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -118,6 +119,7 @@ def look(
 
 
 @app.command()
+@at_once()
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,

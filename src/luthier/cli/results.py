@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.words import RunPath, say, say_next, screen
+from luthier.cli.words import RunPath, at_once, say, say_next, screen
 from luthier.errors import RecipeError
 from luthier.methods import METHODS
 from luthier.words import quoted
@@ -65,6 +65,11 @@ def compare(
     if overrides or seeds is not None:
         given = overrides[0] if overrides else "--seeds"
         raise RecipeError(f"{given} goes with --methods, which trains; a run is compared as it was trained")
+    with at_once():
+        _compared(run, strength, rows, text)
+
+
+def _compared(run: str, strength: bool, rows: int | None, text: Path | None) -> None:
     from luthier import verbs
     from luthier.run import open_run
     from luthier.runs import find_run
@@ -101,6 +106,7 @@ def _bake_off(
         say_next(f"luthier merge {name} -o DIR" if best["mergeable"] else f"luthier chat {name}")
 
 
+@at_once()
 def merge(
     run: RunPath,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the merged model.")],

@@ -53,6 +53,16 @@ def say_next(*commands: str) -> None:
 
 
 @contextmanager
+def at_once() -> Iterator[None]:
+    """Ctrl-C in a verb that writes at its end alone: one line, then exit 130. Who has written something says it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        aside(f"interrupted; {str(stop) or 'nothing was written'}")
+        raise
+
+
+@contextmanager
 def screen() -> Iterator[dict[str, Any]]:
     """How a run is shown while it trains, as `train` takes it: a panel where the terminal can draw one, else lines."""
     from rich.console import Console
