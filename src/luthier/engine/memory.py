@@ -1,6 +1,10 @@
-"""What a device's memory can still take, and the error that says it cannot."""
+"""What a device's memory can still take, the error that says it cannot, and what is given back to the system."""
 
 from __future__ import annotations
+
+import ctypes
+import gc
+import sys
 
 import psutil
 import torch
@@ -19,3 +23,13 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return int(psutil.virtual_memory().available)
+
+
+def give_back() -> None:
+    """What nobody holds any more goes back to the system, where the heap keeps it: glibc's does.
+
+    To read a tokenizer of 151,936 words leaves 97 MiB behind, which a step's blocks do not fill.
+    """
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

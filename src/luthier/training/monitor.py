@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import resource
 import sys
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from luthier.engine.memory import give_back
 from luthier.folder import RunFolder, read_json, write_atomic
 from luthier.history import RECENT, read_lines, usual_step
 from luthier.sections import TrainSection
@@ -217,15 +216,14 @@ def _memory() -> int:
 
 def forget_peak() -> bool:
     """From here on the peak is that of what comes. False where the system's cannot be set back (as on macOS)."""
-    gc.collect()
+    give_back()
     if torch.cuda.max_memory_allocated():  # 0 where CUDA is not in use
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return True
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier work left in the heap is nobody's need
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return False
     return True
 
