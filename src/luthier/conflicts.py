@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from luthier.matrix import unquantised
 from luthier.methods import METHODS, takers, whole
 from luthier.sections import DataSection, Quantization, Recipe, Section, pattern_columns
-
-_WHOLE = "trains {}, and weights in {{}} cannot be trained; take lora, or model.quantize: none"
-_SHAPE = "reads a layer's shape off weights that lie packed in {}; take lora, or model.quantize: int8"
-UNQUANTISED = {
-    "full": dict.fromkeys(("int8", "nf4"), _WHOLE.format("every weight")),
-    "freeze": dict.fromkeys(("int8", "nf4"), _WHOLE.format("whole layers")),
-    "loha": {"nf4": _SHAPE},
-    "lokr": {"nf4": _SHAPE},
-}
-"""Kinds that cannot be trained on a base held in fewer bits: kind → bits → why, and what can."""
 
 
 class Conflict(NamedTuple):
@@ -182,17 +173,14 @@ def _quantize(recipe: Recipe) -> Iterator[Conflict]:
             )
     answering = recipe.generate.quantize
     bits = answering.kind if isinstance(answering, Quantization) else answering
-    if recipe.method.kind in ("loha", "lokr") and bits == "nf4":
-        said = UNQUANTISED[recipe.method.kind]["nf4"].format("nf4 (generate.quantize)")
-        said = said.replace("model.quantize: int8", "generate.quantize: int8")
-        yield Conflict(("generate.quantize", "method.kind"), f"nf4: {recipe.method.kind} {said}")
+    kind = recipe.method.kind
+    if not whole(kind) and (why := unquantised(kind, bits or "none", "generate.quantize")):
+        yield Conflict(("generate.quantize", "method.kind"), f"{bits}: {kind} {why}")
     if recipe.model.quantize == "none":
         return
     held = recipe.model.quantize if isinstance(recipe.model.quantize, str) else recipe.model.quantize.kind
-    if why := UNQUANTISED.get(recipe.method.kind, {}).get(held):
-        yield Conflict(
-            ("method.kind", "model.quantize"), f"{recipe.method.kind} {why.format(f'{held} (model.quantize)')}"
-        )
+    if why := unquantised(kind, held):
+        yield Conflict(("method.kind", "model.quantize"), f"{kind} {why}")
     elif recipe.method.bias != "none":
         yield Conflict(
             ("method.bias", "model.quantize"),

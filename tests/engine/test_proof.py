@@ -55,6 +55,13 @@ def test_the_engine_equals_the_reference(family):
     assert count == len(trained(lora(tiny(family))))
 
 
+def test_one_gradient_is_no_plural():
+    model = lora(tiny("llama"))
+    for parameter in [one for one in model.parameters() if one.requires_grad][1:]:
+        parameter.requires_grad_(False)
+    assert proven(model).lines[0].endswith(" (4 rows, loss and 1 gradient; fp32)")
+
+
 def test_the_record_says_whether_the_rows_of_the_proof_share_anything():
     """Rows that do not prove nothing about shared prefixes."""
     model = lora(tiny("llama"))

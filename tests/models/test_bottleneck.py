@@ -31,17 +31,17 @@ def _quiet() -> None:
     quiet()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_before_step_1_it_is_the_base(family):
     owned.check_first_step(bottleneck, family, **METHOD)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_a_packed_pass_is_its_rows_also_with_checkpointing(family):
     owned.check_packing(bottleneck, family, **METHOD)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_it_trains_and_can_be_switched_off(family):
     owned.check_training(bottleneck, family, 0.01, **METHOD)
 

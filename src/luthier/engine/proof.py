@@ -147,7 +147,7 @@ def prove(
         "dropout": seed is not None,
         "seconds": round(time.monotonic() - began, 3),
     }
-    said = _lines(route, tried, f"{_rows(rows)}, loss and {len(bench.parameters)} gradients; {name}", name)
+    said = _lines(route, tried, f"{_rows(rows)}, loss and {_gradients(bench)}; {name}", name)
     if whole is None and route != "plain":
         said = [f"engine not proven, {why}; the loss of {_rows(compared)} is the reference's"]
     return Proof(route, engine, said, record)
@@ -238,6 +238,11 @@ def _short(error: Exception) -> str:
     said = str(error).strip().partition("\n")[0]
     said = said if len(said) <= SAID else f"{said[:SAID].rstrip()}…"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _gradients(bench: Bench) -> str:
+    count = len(bench.parameters)
+    return "1 gradient" if count == 1 else f"{count} gradients"
 
 
 def _rows(rows: np.ndarray) -> str:
