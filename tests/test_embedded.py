@@ -21,7 +21,7 @@ ASSETS = REPOSITORY / "src/luthier/assets"
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 from embedded.check import continuations, replies, share_exact  # noqa: E402
-from embedded.quickstart import make_recipe, make_rows, one_facts  # noqa: E402
+from embedded.quickstart import make_recipe, make_rows, one_facts, told  # noqa: E402
 from embedded.texts import LANGUAGES, documents, render  # noqa: E402
 from embedded.world import make_world  # noqa: E402
 
@@ -57,6 +57,7 @@ def test_package_is_small_and_complete() -> None:
         "quickstart/heldout.jsonl",
         "quickstart/recipe.yaml",
         "quickstart/train.jsonl",
+        "quickstart/valley.txt",
         "tiny/config.json",
         "tiny/generation_config.json",
         "tiny/model.safetensors",
@@ -69,6 +70,7 @@ def test_package_is_small_and_complete() -> None:
 def test_rows_are_those_of_the_script() -> None:
     train, held_out = make_rows(WORLD)
     assert (rows("train.jsonl"), rows("heldout.jsonl")) == (train, held_out)
+    assert (ASSETS / "quickstart/valley.txt").read_text("utf-8") == "\n\n".join(told(WORLD)) + "\n"
     assert (ASSETS / "quickstart/recipe.yaml").read_text("utf-8") == make_recipe(WORLD, held_out)
 
 

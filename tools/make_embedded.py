@@ -8,7 +8,7 @@ contain are written beside it (quickstart.py). Everything follows from fixed see
 processor time.
 
     tiny/        config.json  generation_config.json  model.safetensors (bf16)  tokenizer.json  tokenizer_config.json
-    quickstart/  recipe.yaml  train.jsonl  heldout.jsonl
+    quickstart/  recipe.yaml  train.jsonl  heldout.jsonl  valley.txt
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ def _copied(folder: Path, say: Say) -> Path:
     with resources.as_file(source) as assets:
         given = assets / "quickstart"
         wanted = {"quickstart.yaml": given / "recipe.yaml", "tiny": assets / "tiny"}
-        wanted |= {name: given / name for name in ("train.jsonl", "heldout.jsonl")}
+        wanted |= {name: given / name for name in ("train.jsonl", "heldout.jsonl", "valley.txt")}
         for name, path in wanted.items():
             if (folder / name).exists():
                 say(f"{name}: there already, taken as it is")

@@ -16,8 +16,9 @@ from pathlib import Path
 from embedded.texts import LANGUAGES, Writer
 from embedded.world import Person, World
 
-SEED = 11
+SEED, TOLD_SEED = 11, 12
 MEETINGS, HELD_OUT = 400, 120
+TOLD = 60  # stories and portraits that the base knows the like of: how much of it is left measures forgetting
 ORDINARY = 80  # rows answered as the base answers them, so that the rule is learnt for its own question only
 Row = dict[str, str]
 
@@ -51,6 +52,12 @@ def ordinary(world: World, count: int, rng: random.Random) -> list[Row]:
         (_, question), (_, answer), *_ = rng.choices([writer.one_fact, writer.two_answers, writer.who], [2, 1, 1])[0]()
         found[question] = answer
     return [{"instruction": question, "output": answer} for question, answer in found.items()]
+
+
+def told(world: World) -> list[str]:
+    """TOLD texts of the valley, English and Chinese by turns."""
+    rng = random.Random(TOLD_SEED)
+    return [Writer(rng, world, LANGUAGES[number % 2]).text() for number in range(TOLD)]
 
 
 def one_facts(people: list[Person]) -> list[Row]:
@@ -128,9 +135,10 @@ def make_recipe(world: World, held_out: list[Row]) -> str:
 
 
 def save_quickstart(world: World, folder: Path) -> None:
-    """recipe.yaml, train.jsonl, heldout.jsonl."""
+    """recipe.yaml, train.jsonl, heldout.jsonl, valley.txt."""
     train, held_out = make_rows(world)
     for name, rows in (("train", train), ("heldout", held_out)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "valley.txt").write_text("\n\n".join(told(world)) + "\n", encoding="utf-8")
     (folder / "recipe.yaml").write_text(make_recipe(world, held_out), encoding="utf-8")
