@@ -1,4 +1,4 @@
-"""Methods side by side: each run is what it would be alone, the table tells what was measured, nothing is done twice."""
+"""Methods side by side: each run is what it would be alone, the table says what was measured, none is trained twice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from luthier.loaded import load_data
 from luthier.methods import METHODS
 from luthier.models.adapters import attach
 from luthier.models.load import load_model
+from luthier.models.soft_prompts import VIRTUAL_TOKENS
 from luthier.quiet import quiet
 from luthier.recipe import load_recipe, with_method
 from luthier.replies import Question, Reply
@@ -84,10 +85,24 @@ def test_each_run_is_what_it_would_be_by_itself(town: Path) -> None:
     assert methods["lora"]["settings"]["r"] == 4 and methods["lora"]["rate"] == 0.01, "as the recipe has it"
     assert methods["lora"]["why"] == "the recipe's own"
     assert methods["full"]["rate"] != 0.01 and methods["full"]["why"] == METHODS["full"].why
-    assert methods["prompt"]["trainable"] == 20 * 64 and not methods["prompt"]["mergeable"]
+    assert methods["prompt"]["trainable"] == VIRTUAL_TOKENS["prompt"] * 64 and not methods["prompt"]["mergeable"]
     assert methods["full"]["trainable"] == methods["full"]["total"]
     assert found["best"] == found["methods"][0]["kind"] and found["methods"][0]["difference"] is None
     assert (found["seeds"], found["steps"], found["rows"]["scored"]) == ([7, 8], 3, 3)
+
+    stamps = {path: path.stat().st_mtime_ns for path in Path("runs").glob("town-*/metrics.jsonl")}
+    again: list[str] = []
+    assert compare_methods(town, ["full", "lora", "prompt"], rows=3, say=again.append).figures == found
+    assert sum(line.endswith("trained already") for line in again) == 6
+    assert stamps == {path: path.stat().st_mtime_ns for path in Path("runs").glob("town-*/metrics.jsonl")}
+
+
+@pytest.mark.full
+def test_another_recipe_is_another_run(town: Path) -> None:
+    compare_methods(town, ["lora", "ia3"], say=silent)
+    other = compare_methods(town, ["lora", "ia3"], ["train.steps=2"], say=silent).figures
+    assert other is not None and {len(one["curve"]) for m in other["methods"] for one in m["seeds"]} == {2}
+    assert Path("runs/town-lora-7-2").is_dir()
 
 
 def test_what_the_table_says_is_what_the_saved_runs_do(town: Path) -> None:
@@ -110,20 +125,7 @@ def test_what_the_table_says_is_what_the_saved_runs_do(town: Path) -> None:
     assert "你好" in page.read_text() and "prefix" in page.with_suffix(".md").read_text()
 
 
-def test_what_is_done_is_not_trained_again(town: Path) -> None:
-    first = compare_methods(town, ["lora", "ia3"], say=silent).figures
-    stamps = {path: path.stat().st_mtime_ns for path in Path("runs").glob("town-*-[78]/metrics.jsonl")}
-    assert len(stamps) == 4
-    said: list[str] = []
-    second = compare_methods(town, ["lora", "ia3"], say=said.append).figures
-    assert sum(line.endswith("trained already") for line in said) == 4
-    assert stamps == {path: path.stat().st_mtime_ns for path in Path("runs").glob("town-*-[78]/metrics.jsonl")}
-    assert first is not None and second == first
-    other = compare_methods(town, ["lora", "ia3"], ["train.steps=2"], say=silent).figures
-    assert other is not None and {len(one["curve"]) for m in other["methods"] for one in m["seeds"]} == {2}
-    assert Path("runs/town-lora-7-2").is_dir(), "another recipe, another run"
-
-
+@pytest.mark.full
 def test_a_method_that_breaks_off_is_told_and_the_others_go_on(town: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = bakeoff.carried
 
