@@ -53,8 +53,8 @@ def test_what_an_error_ends_with(
         raise error("x.yaml:3: what, where, the bound, the remedy")
 
     monkeypatch.setattr(verbs, "look", fail)
-    said = "" if error is KeyboardInterrupt else "error: x.yaml:3: what, where, the bound, the remedy\n"
-    assert call("look", "x.yaml") == (status, "", said)
+    said = "interrupted;" if error is KeyboardInterrupt else "error:"
+    assert call("look", "x.yaml") == (status, "", f"{said} x.yaml:3: what, where, the bound, the remedy\n")
     if issubclass(error, LuthierError):
         with pytest.raises(error):
             call("--debug", "look", "x.yaml")

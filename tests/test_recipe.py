@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from luthier.conflicts import idle
+from luthier.errors import RecipeError
 from luthier.methods import METHODS
 from luthier.recipe import (
     load_recipe,
@@ -337,7 +338,6 @@ def test_every_method_is_saved_with_its_own_keys_alone(tmp_path: Path, kind: str
     saved = (tmp_path / "saved.yaml").read_text(encoding="utf-8")
     body = saved.partition("method:\n")[2].partition("train:\n")[0]
     assert {line.split(":")[0].strip() for line in body.splitlines()} == METHODS[kind].fields | {"kind"}
-    assert ("merge:" in saved) is (METHODS[kind].merges and kind not in ("full", "freeze"))
     assert load_recipe(tmp_path / "saved.yaml") == recipe
 
 
@@ -392,19 +392,36 @@ def test_the_difference_of_two_recipes(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", METHODS)
 def test_a_new_recipe_loads_and_explains_itself(tmp_path: Path, kind: str) -> None:
     (tmp_path / "rows.csv").write_text("prompt,response\n")
-    text = new_recipe("hf:x/y", "rows.csv", kind)  # type: ignore[arg-type]
+    text = new_recipe("hf:x/y", "rows.csv", kind)
     recipe = read(tmp_path, text)
     assert (recipe.model.name, recipe.data.train) == ("hf:x/y", f"{tmp_path}/rows.csv")
     assert (recipe.method.kind, recipe.data.eval) == (kind, 0.05)
     lines = text.split("\n")
-    assert ("  r: 8" in lines) is (kind == "lora")
+    section = lines[lines.index("method:") + 1 : lines.index("train:") - 1]
+    keys = [line.strip().partition(":")[0] for line in section if not line.startswith("  # ")]
+    assert keys[0] == "kind" and set(keys[1:]) == METHODS[kind].fields, "the keys that the kind takes, and no other"
+    assert all(section[section.index(line) - 1].startswith("  # ") for line in section if not line.startswith("  # "))
+    said = " ".join(line.removeprefix("  # ") for line in lines[: lines.index("  lr: auto")])
+    assert said.endswith(f"Peak learning rate; auto is the method's own: {METHODS[kind].why}.")
     assert lines[lines.index("  batch: 16") - 1] == (
         "  # Rows in one optimizer step. A choice of learning; how they are cut into passes never changes the result."
     )
     assert max(map(len, lines)) <= 120
+
+
+def test_a_new_recipe_speaks_of_its_own_kind() -> None:
+    assert "  # The adapter's output is scaled by alpha / r.\n" in new_recipe(kind="lora")
+    assert "  # The adapter's output is scaled by alpha / r (rslora: alpha / √r).\n" in new_recipe(kind="rslora")
+    assert "  # Rank of the adapters.\n" in new_recipe(kind="vera")
+    vera = f"  # VeRA, with PEFT's own defaults; `luthier methods` shows all {len(METHODS)}.\n"
+    assert vera in new_recipe(kind="vera")
+    with pytest.raises(RecipeError, match="^--kind: there is no method ptuning; did you mean p_tuning\\?$"):
+        new_recipe(kind="ptuning")
+    with pytest.raises(RecipeError, match="^--kind: there is no method 中; known are lora, dora, "):
+        new_recipe(kind="中")
 
 
 def test_the_schema_is_for_editors() -> None:

@@ -31,10 +31,6 @@ def idle(recipe: Recipe) -> dict[str, str]:
         if name != "kind" and name not in method.fields:
             others = "" if method.kind == "full" else f"; {_some(takers(name))} would take it"
             found[f"method.{name}"] = f"as method.kind is {method.kind}; leave it out{others}"
-    if whole(method.kind):
-        found["merge.dtype"] = f"as method.kind is {method.kind}, which writes a whole model; leave it out"
-    elif not method.merges:
-        found["merge.dtype"] = f"as method.kind is {method.kind}, which cannot be merged; leave it out"
     if recipe.train.optimizer == "lion_8bit":
         found["train.eps"] = "as train.optimizer is lion_8bit, which divides by nothing; leave it out"
     if not recipe.generate.sample:

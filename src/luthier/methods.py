@@ -1,12 +1,13 @@
 """The table of methods: what each is called, which of the recipe's keys it takes, its learning rate, can it be merged.
 
-A rate is AdamW's, for a model of some billions of weights and a step of some dozens of rows; its reason is printed
-with it. Where a paper or its authors' code is the source, it is named.
+A rate is AdamW's, for a model of 7 billion weights, whose width is 4,096, and a step of some dozens of rows: most that
+are published are for these. training/optim.py takes it to the model at hand. Its reason is printed with it; where a
+paper or its authors' code is the source, it is named.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # pydantic is 0.1 s of `luthier --help`
     from luthier.sections import MethodSection
@@ -20,8 +21,9 @@ class Method(NamedTuple):
     """A kind of method.
 
     fields: the keys of `method` that it takes, beside kind. rate, why: the learning rate where train.lr is auto, and
-    the reason to print. tuned: are its defaults tried here, or PEFT's. merges: can the model be written with it inside;
-    reason: why not, and what can be shipped instead.
+    the reason to print. scale: what it goes by: the model's width, the size of its embeddings' numbers (of which the
+    rate is a share), or nothing. tuned: are its defaults tried here, or PEFT's. merges: can the model be written with
+    it inside; reason: why not, and what can be shipped instead.
     """
 
     kind: str
@@ -29,6 +31,7 @@ class Method(NamedTuple):
     fields: frozenset[str]
     rate: float
     why: str
+    scale: Literal["width", "size", "none"] = "width"
     tuned: bool = True
     reason: str = ""
 
@@ -55,13 +58,13 @@ _ALL = (
         _START,
         1e-4,
         "half of LoRA's: A and B start as the weight's largest parts and both move from the first step "
-        "(Meng et al. 2024 take 2e-5 for models of 7 billion)",
+        "(Meng et al. 2024 take 2e-5)",
     ),
     Method(
         "ia3",
         "IA3",
         frozenset({"target", "modules_to_save"}),
-        5e-3,
+        6e-3,
         "factors that start at 1, a few in a thousand of LoRA's numbers: each must go further "
         "(Liu et al. 2022 take 3e-3)",
     ),
@@ -69,18 +72,19 @@ _ALL = (
         "prompt",
         "prompt tuning",
         frozenset({"virtual_tokens", "init"}),
-        3e-2,
-        "a few embeddings bear the whole task and must leave those of the words that they start from "
-        "(Lester et al. 2021 take 0.3 with Adafactor)",
+        0.75,
+        "a few embeddings bear the whole task and must leave those that they start from: a step is nearly as long as "
+        "these are large (Llama 2: 0.013)",
+        scale="size",
         reason=_SOFT.format("embeddings before a row's first token"),
     ),
     Method(
         "prefix",
         "prefix tuning",
         frozenset({"virtual_tokens", "init"}),
-        1e-2,
-        "keys and values are moved themselves, without a network in between, from those of real tokens "
-        "(Liu et al. 2022, P-tuning v2, take 5e-3 to 1e-2)",
+        2e-2,
+        "keys and values are moved themselves, without a network in between, from those of real tokens: in fewer steps "
+        "than where 5e-3 to 1e-2 is usual (Liu et al. 2022, P-tuning v2)",
         reason=_SOFT.format("keys and values that every token sees"),
     ),
     Method(
@@ -95,23 +99,23 @@ _ALL = (
         "llama_adapter",
         "LLaMA-Adapter",
         frozenset({"virtual_tokens", "layers"}),
-        5e-3,
-        "its gates start at zero and open with this rate (Zhang et al. 2023 take 9e-3 for 64 rows a step)",
+        9e-3,
+        "its gates start at zero and open with this rate (Zhang et al. 2023 take 9e-3)",
         reason=_SOFT.format("keys and values of its own, behind gates"),
     ),
     Method(
         "bottleneck",
         "bottleneck adapters",
         frozenset({"placement", "size", "dropout"}),
-        1e-3,
-        "new layers that start without effect (Houlsby et al. 2019 take 3e-4 to 3e-3)",
+        3e-4,
+        "new layers that start without effect (Hu et al. 2023, LLM-Adapters, take 3e-4)",
         reason=_SOFT.format("layers of its own with a non-linearity between them"),
     ),
     Method(
         "freeze",
         "the last layers",
         frozenset({"layers"}),
-        5e-5,
+        1e-4,
         "whole weights move, but few layers of them: between full fine-tuning and adapters",
     ),
     Method("full", "full", frozenset(), 2e-5, "every weight moves, and a higher rate forgets what the model knew"),
@@ -127,8 +131,10 @@ _ALL = (
         "it trains scales alone; its authors take 4e-3 (Kopiczko et al. 2024)",
         tuned=False,
     ),
-    Method("oft", "OFT", frozenset({"target", "modules_to_save"}), 5e-4, "rotations that start at none", tuned=False),
-    Method("boft", "BOFT", frozenset({"target", "modules_to_save"}), 5e-4, "rotations that start at none", tuned=False),
+    Method("oft", "OFT", frozenset({"target", "modules_to_save"}), 5e-4, "rotations that start at none", "none", False),
+    Method(
+        "boft", "BOFT", frozenset({"target", "modules_to_save"}), 5e-4, "rotations that start at none", "none", False
+    ),
     Method(
         "loha",
         "LoHa",

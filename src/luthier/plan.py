@@ -30,9 +30,9 @@ from luthier.engine.memory import free_memory
 from luthier.engine.proof import rows_to_prove
 from luthier.engine.soft import virtual_of
 from luthier.errors import HubError
-from luthier.methods import whole
+from luthier.methods import METHODS, whole
 from luthier.models import quantize
-from luthier.models.adapters import attach
+from luthier.models.adapters import attach, saved_bytes
 from luthier.models.load import (
     TOKENIZER_FILES,
     check_architecture,
@@ -159,7 +159,6 @@ class Bare:
 def plan(recipe: str | Path, overrides: Sequence[str] = (), *, say: Say = print) -> Plan:
     """Plan a recipe's run on this machine. Errors: RecipeError, ModelError, DataError, HubError, as of training."""
     chosen = load_recipe(recipe, overrides, check_files=False)
-    peak_lr(chosen.train, chosen.method.kind)
     quantize.check_extras(chosen)
     path = hub.model_path(chosen.model.name, chosen.model.revision, Path.cwd(), say, weights=False)
     native = check_architecture(path, read_config(path), chosen.model.trust_vendor_code)
@@ -168,6 +167,7 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), *, say: Say = print)
     say(f"{chosen.model.name}: weights in {name_of(dtype)}: {why}")
     bare = Bare(chosen, path, dtype, device.type, not native)
     model = bare.model()  # what the configuration alone refuses is refused before the data is read
+    peak_lr(chosen.train, chosen.method.kind, model)
     data = _data(chosen, path, unknown, say)
     if data is not None:
         check_vocabulary(model, data, path)
@@ -382,7 +382,7 @@ def _disk(bare: Bare, model: Any, known: Memory, steps: int | None, order: Order
     section, full = bare.recipe.train, whole(bare.recipe.method.kind)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     beside = sum(file.stat().st_size for file in bare.path.glob("token*"))
-    result = (known.weights if full else known.adapter) + beside
+    result = (known.weights if full else saved_bytes(model)) + beside
     state = known.optimizer + GENERATORS + ENTRIES * sum(len(name) + ENTRY for name in names)
     checkpoint = result + state + (0 if full else known.adapter)
     period = section.save_every if isinstance(section.save_every, int) else order.steps_per_epoch if order else None
@@ -391,9 +391,8 @@ def _disk(bare: Bare, model: Any, known: Memory, steps: int | None, order: Order
     disk = {"model" if full else "adapter": result, "a checkpoint": checkpoint}
     if most is not None:
         disk[f"checkpoints at most, {most}"] = most * checkpoint
-    if not full:
-        added = (".lora_", ".modules_to_save.")
-        base = [p for name, p in model.named_parameters() if not any(part in name for part in added)]
+    if not full and METHODS[bare.recipe.method.kind].merges:
+        base = [p for name, p in model.named_parameters() if "default" not in name.split(".")]  # PEFT's, of an adapter
         numbers = sum(quantize.numbers(parameter) for parameter in base)
         width = DTYPES.get(bare.recipe.merge.dtype, bare.dtype).itemsize
         disk["merged model"] = numbers * width

@@ -192,16 +192,17 @@ class MethodSection(Section):
     modules_to_save: list[Text] = []
     """Layers trained whole and saved with the adapter, as embed_tokens or lm_head."""
     virtual_tokens: PositiveInt | None = None
-    """Virtual tokens (prompt, prefix, p_tuning, llama_adapter); null: 20, of llama_adapter 10, of a prefix with
-    init the text's."""
+    """Virtual tokens (prompt, prefix, p_tuning, llama_adapter); null: 50 of prompt and p_tuning, 20 of prefix and
+    llama_adapter, of a prefix with init the text's."""
     init: Text | None = None
     """A text that prompt and prefix start from (its embeddings, its keys and values); null: random real tokens."""
-    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     """bottleneck: behind attention and feed-forward (houlsby), or behind the feed-forward alone (pfeiffer)."""
     size: PositiveInt = 64
     """bottleneck: width of the narrow layer."""
     layers: PositiveInt | None = None
-    """freeze: so many of the last layers train (null: 2); llama_adapter: so many get prompts (null: all but 2)."""
+    """freeze: so many of the last layers train (null: 2); llama_adapter: so many get prompts (null: all but
+    the first sixteenth)."""
 
 
 def _one_epoch(given: dict[str, Any]) -> float | None:
@@ -222,7 +223,8 @@ class TrainSection(Section):
     epochs: float | None = Field(default_factory=_one_epoch, gt=0)
     """Passes over the data; 1.0 where neither epochs nor steps is given."""
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak learning rate; auto is the method's default (lora 2e-4, full 2e-5; with lion_8bit a fifth), printed."""
+    """Peak learning rate; auto is the method's default for the model at hand, printed with its reason: lora 2e-4 and
+    full 2e-5 for a width of 4,096, higher for a narrower model (896: 6.54e-4, 6.54e-5); with lion_8bit a fifth."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     min_lr: float = Field(default=0.0, ge=0)

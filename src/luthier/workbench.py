@@ -82,6 +82,7 @@ def load_ground(
 ) -> Ground:
     """Tokenizer, rows and base model of a recipe, for runs with these methods. Errors: those of `train`."""
     from luthier.data.batches import order_of
+    from luthier.engine.memory import give_back
     from luthier.models.load import footprint, idle_gpus, load_model
     from luthier.models.quantize import check_extras
 
@@ -98,6 +99,7 @@ def load_ground(
     if idle := idle_gpus(recipe.train.devices):
         say(idle)
     model = load_model(path, held(recipe, world.device), world.device, say=say)
+    give_back()
     say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
     check_vocabulary(model, data, path)
     return Ground(path, tokenizer, encoder, data, order, prompts, ids, model)
@@ -123,7 +125,7 @@ def _check_before_data(path: Path, recipe: Recipe, method: MethodSection, tokeni
 
 def check_vocabulary(model: Any, data: Data, path: Path) -> None:
     """Errors: ModelError where the tokenizer gives an id that the model has no embedding for."""
-    there = model.get_input_embeddings().num_embeddings
+    there = len(model.get_input_embeddings().weight)  # an adapter's layer has one too
     largest = max(part.largest_id() for part in (data.train, data.eval) if part is not None)
     if largest >= there:
         raise ModelError(

@@ -169,8 +169,8 @@ def test_a_prompt_starts_from_embeddings(tmp_path):
     assert said == [f"prompt: {2 * len(ids) - 1} virtual tokens, from the text of method.init"]
     drawn = attach(saved(tmp_path)[0], method("prompt", virtual_tokens=None), 3, say=said.append, tokenizer=tokenizer)
     found = (drawn.get_prompt(1)[0][:, None] == table).all(-1).nonzero()
-    assert len(found) == 20 and found[:, 1].min() > 3  # real tokens, none of the four special ones
-    assert said[1:] == ["prompt: 20 virtual tokens, from random tokens of the vocabulary"]
+    assert len(found) == 50 and found[:, 1].min() > 3  # real tokens, none of the four special ones
+    assert said[1:] == ["prompt: 50 virtual tokens, from random tokens of the vocabulary"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Every kind of method that adapts the model's own layers: it trains, is saved and loaded, goes off, on any base."""
+"""Every kind of method that adapts the model's own layers: the table, plain PEFT's eye on it, and what each changes."""
 
 from __future__ import annotations
 
@@ -7,29 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from luthier.data.pack import pack, pad
-from luthier.engine.forward import SummedLoss, adopt, on_device
-from luthier.engine.rungs import rungs
 from luthier.errors import ModelError
 from luthier.methods import METHODS, takers, trains_base, whole
-from luthier.models.adapters import adapter_off, attach, fill_adapter, load_adapter, save_adapter
+from luthier.models.adapters import attach, save_adapter
 from luthier.models.load import load_model
 from luthier.quiet import quiet
 from luthier.rehearsal import bare_model
-from luthier.sections import EngineSection, MethodSection, ModelSection
-from rows import random_rows, tiny
+from luthier.sections import MethodSection, ModelSection
+from rows import tiny
 from tiny import moved, tiny_tokenizer
 
 CPU = torch.device("cpu")
-ROWS = random_rows(6, longest=24)
-EVERY = np.arange(6)
 IDS = torch.tensor([[5, 9, 20, 31, 7, 14, 8, 6]])
 FAMILIES = ["gemma", "gemma2", "glm", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "yuan"]
 LATER = ("prompt", "prefix", "p_tuning", "llama_adapter", "bottleneck")  # tried in files of their own
@@ -74,26 +68,6 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def loss(model: Any, part: Any, route: Any) -> torch.Tensor:
-    return SummedLoss(model.train(), route)(on_device(part, CPU))
-
-
-def three_steps(model: Any, kind: str) -> list[float]:
-    """The losses before each and after the last, at ten times the method's rate. Every trainable tensor moves."""
-    before = {name: value.detach().clone() for name, value in trainable(model).items()}
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=10 * METHODS[kind].rate)
-    losses = []
-    for _ in range(3):
-        value = loss(model, pack(ROWS, EVERY), "engine")
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    still = [name for name, value in trainable(model).items() if torch.equal(value, before[name])]
-    assert not still, still
-    return [*losses, loss(model, pack(ROWS, EVERY), "engine").item()]
-
-
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -111,53 +85,7 @@ def test_the_table_and_the_recipe_have_the_same_kinds_and_fields() -> None:
     assert not trains_base(MethodSection(kind="dora"))
 
 
-# -- training through the engine, saving, loading, off -----------------------------------------------------------------
-
-
-def dealt(others: list[str], always: tuple[tuple[str, str], ...] = ()) -> list[Any]:
-    """Every kind with one of the others, dealt round, and those of `always`; all pairs under --full."""
-    pairs = [(kind, other) for kind in KINDS for other in others]
-    now = {*always, *((kind, others[number % len(others)]) for number, kind in enumerate(KINDS))}
-    return [pair if pair in now else pytest.param(*pair, marks=pytest.mark.full) for pair in pairs]
-
-
-@pytest.mark.parametrize(("kind", "family"), dealt(["llama", "opt", "gemma2"]))
-def test_a_kind_trains_packed_as_apart_and_comes_back_from_disk(
-    tmp_path: Path, bases: Callable[..., Path], kind: str, family: str
-) -> None:
-    model = attached(load(bases(family)), kind=kind)
-    base = logits(load(bases(family)))
-    assert torch.equal(logits(model), base), "before the first step it is the base, to the last bit"
-    parameters = list(trainable(model).values())
-    plain = loss(model, pad(ROWS, EVERY, 0), "plain")
-    apart = torch.autograd.grad(plain, parameters)
-    adopt(model)
-    with rungs(model, EngineSection()):
-        packed = loss(model, pack(ROWS, EVERY), "engine")
-        together = torch.autograd.grad(packed, parameters)
-    assert packed.item() == pytest.approx(plain.item(), rel=1e-6)
-    largest = max(value.norm() for value in apart)
-    for one, other in zip(together, apart, strict=True):
-        assert (one - other).norm() <= 1e-5 * max(other.norm(), 1e-2 * largest)
-    losses = three_steps(model, kind)
-    assert losses[-1] < losses[0] - 0.5
-    tuned, names = logits(model), list(trainable(model))
-    assert (tuned - base).abs().max() > 1e-3
-    save_adapter(model, tmp_path / "result", tiny_tokenizer())
-    if whole(kind):
-        assert torch.equal(logits(load(tmp_path / "result")), tuned)
-        return
-    again = load_adapter(load(bases(family)), tmp_path / "result")
-    assert not trainable(again)
-    close = {"rtol": 0, "atol": 1e-5 if kind in STARTS else 0}
-    torch.testing.assert_close(logits(again), tuned, **close)
-    moved(model)
-    fill_adapter(model, tmp_path / "result")
-    assert torch.equal(logits(model), tuned), "filled again, it is the model that trained"
-    for one in (model, again):
-        with adapter_off(one):
-            assert torch.equal(logits(one), base)
-    assert list(trainable(model)) == names
+# -- on the disk, and without numbers; tests/matrix has every kind train, come back, go on and be merged ---------------
 
 
 @pytest.mark.parametrize(
@@ -171,30 +99,6 @@ def test_plain_peft_loads_what_was_saved(tmp_path: Path, bases: Callable[..., Pa
     theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=2e-5)
     torch.testing.assert_close(logits(theirs.merge_and_unload()), logits(model), rtol=0, atol=5e-4)
-
-
-WEAK = (("dora", "int8"), ("adalora", "int8"), ("ia3", "int8"), ("ia3", "nf4"), ("pissa", "nf4"))
-"""Where PEFT's own layers end in an error."""
-
-
-@pytest.mark.parametrize(("kind", "held"), dealt(["int8", "nf4"], WEAK))
-def test_quantised_bases_in_bf16(tmp_path: Path, bases: Callable[..., Path], kind: str, held: str) -> None:
-    """PEFT alone fails at DoRA and AdaLoRA on int8, at IA3 and PiSSA on both, at LoHa and LoKr on nf4 (refused)."""
-    if whole(kind) or (held == "nf4" and kind in ("loha", "lokr")):
-        return
-    path = bases("llama", torch.bfloat16)
-    model, base = attached(load(path, held), kind=kind), logits(load(path, held))
-    if kind != "ln_tuning":  # whose base is turned to fp32
-        assert torch.equal(logits(model), base)
-    adopt(model)
-    assert all(value.dtype == torch.float32 for value in trainable(model).values())
-    losses = three_steps(model, kind)
-    assert losses[-1] < losses[0] - 0.5
-    tuned = logits(model)
-    save_adapter(model, tmp_path / "adapter")
-    again = load_adapter(load(path, held), tmp_path / "adapter")
-    far = 0.2 if kind in (*STARTS, "ln_tuning") else 0  # a bf16 rounding or two
-    torch.testing.assert_close(logits(again), tuned, rtol=0, atol=far)
 
 
 @pytest.mark.parametrize("held", [None, "int8", "nf4"])

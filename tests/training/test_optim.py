@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.errors import RecipeError
+from luthier.methods import METHODS
 from luthier.models.adapters import attach
 from luthier.models.load import from_folder
 from luthier.sections import MethodSection, Quantization, TrainSection
@@ -25,7 +28,7 @@ from luthier.training.optim import (
     set_lr,
     warmup_steps,
 )
-from rows import fit, random_rows, tiny, trained
+from rows import VOCABULARY, fit, random_rows, tiny, trained
 
 EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")
 
@@ -65,16 +68,67 @@ def test_warm_up_is_steps_or_a_share_rounded_up(warmup, steps, expected):
     assert warmup_steps(TrainSection(warmup=warmup), steps) == expected
 
 
-def test_default_rates_come_with_a_reason():
-    assert (default_lr("lora")[0], default_lr("full")[0]) == (2e-4, 2e-5)
-    assert all(default_lr(kind)[1] for kind in ("lora", "full"))
-    assert peak_lr(TrainSection(), "full") == 2e-5
-    assert peak_lr(TrainSection(lr=3e-3), "full") == 3e-3
+def wide(width: int) -> LlamaForCausalLM:
+    """A Llama of that width, without numbers."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, vocab_size=8)
+        )
+
+
+def rate(kind: str, model: Any, optimizer: str = "adamw") -> float:
+    return default_lr(kind, optimizer, model)[0]
+
+
+def test_default_rates_fall_with_the_width_and_come_with_a_reason():
+    """Schulman et al. 2025: by the power 0.78. 2,048 is half of 4,096, and 2 ** 0.78 is 1.717."""
+    assert [rate("lora", wide(width)) for width in (4096, 2048, 896, 160)] == [2e-4, 3.43e-4, 6.54e-4, 2.51e-3]
+    assert [rate("full", wide(width)) for width in (4096, 8192)] == [2e-5, 1.16e-5]
+    assert rate("oft", wide(160)) == rate("oft", wide(4096)) == 5e-4
+    assert default_lr("lora", "adamw", wide(160))[1] == (
+        "adapters start without effect and bear ten times the rate of full fine-tuning "
+        "(0.0002 for a width of 4,096; this model's is 160: × 12.5)"
+    )
+    assert peak_lr(TrainSection(), "full", wide(4096)) == 2e-5
+    assert peak_lr(TrainSection(lr=3e-3), "full", wide(4096)) == 3e-3
+
+
+def test_every_methods_rate_is_the_tables_at_its_width():
+    model = wide(4096)
+    widths = [kind for kind, method in METHODS.items() if method.scale == "width"]
+    assert {kind: rate(kind, model) for kind in widths} == {kind: METHODS[kind].rate for kind in widths}
+    assert [kind for kind, method in METHODS.items() if method.scale == "size"] == ["prompt"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_prompts_rate_is_a_share_of_the_embeddings_size():
+    """Whatever the width; and the same before the prompt is there and behind it, on which a resumed run depends."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.tensor([0.3, -0.5]).repeat(VOCABULARY, 16))
+    root = math.sqrt((0.09 + 0.25) / 2)
+    assert rate("prompt", model) == float(f"{0.75 * root:.3g}") == 0.309
+    assert default_lr("prompt", "adamw", model)[1].endswith(
+        "(0.75 × 0.412, the root mean square of this model's embeddings)"
+    )
+    adapted = attach(model, MethodSection(kind="prompt", virtual_tokens=4), 0, say=lambda _: None)
+    with torch.no_grad():
+        adapted.prompt_encoder["default"].embedding.weight.mul_(9)
+    assert rate("prompt", adapted) == 0.309
+    with torch.no_grad():
+        model.get_input_embeddings().weight.div_(10)
+    assert rate("prompt", adapted.bfloat16()) == pytest.approx(0.0309, rel=4e-3)
+
+
+def test_without_numbers_a_prompts_rate_is_not_known_and_no_floor_is_judged_by_it():
+    assert math.isnan(rate("prompt", wide(160)))
+    assert math.isnan(peak_lr(TrainSection(min_lr=1e-3), "prompt", wide(160)))
 
 
 def test_lion_takes_a_fifth_of_the_rate_and_its_own_betas():
-    assert default_lr("lora", "lion_8bit")[0] == peak_lr(TrainSection(optimizer="lion_8bit"), "lora") == 4e-5
-    assert "a fifth of AdamW's 2e-05" in default_lr("full", "lion_8bit")[1]
+    assert rate("lora", wide(4096), "lion_8bit") == 4e-5
+    assert peak_lr(TrainSection(optimizer="lion_8bit"), "lora", wide(4096)) == 4e-5
+    assert "a fifth of AdamW's 2e-05" in default_lr("full", "lion_8bit", wide(4096))[1]
     assert TrainSection(optimizer="lion_8bit").betas == (0.9, 0.99)
     assert TrainSection(optimizer="lion_8bit", betas=(0.5, 0.6)).betas == (0.5, 0.6)
     assert TrainSection(optimizer="adamw_8bit").betas == TrainSection().betas == (0.9, 0.999)
@@ -82,7 +136,7 @@ def test_lion_takes_a_fifth_of_the_rate_and_its_own_betas():
 
 def test_a_floor_above_the_peak_is_refused():
     with pytest.raises(RecipeError) as error:
-        peak_lr(TrainSection(min_lr=1e-3), "lora")
+        peak_lr(TrainSection(min_lr=1e-3), "lora", wide(4096))
     assert str(error.value) == "train.min_lr: 0.001 is above the learning rate 0.0002; lower it or raise lr"
 
 

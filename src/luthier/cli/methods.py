@@ -16,7 +16,7 @@ from luthier.methods import METHODS, Method
 if TYPE_CHECKING:
     from rich.console import Console
 
-PIPED = 100
+PIPED = 104
 """Characters of a line where there is no terminal to tell its width."""
 
 

@@ -140,7 +140,7 @@ class Training:
             folder.model if whole(kind) else folder.adapter,
         )
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self.steps, self.peak = total_steps(section, order), peak_lr(section, kind)
+        self.steps, self.peak = total_steps(section, order), peak_lr(section, kind, model)
         self.warmup = warmup_steps(section, self.steps)
         self.optimizer = make_optimizer(self.parameters, section, say)
         torch.manual_seed(section.seed)

@@ -16,23 +16,43 @@ from luthier.sections import TrainSection
 
 LION = 5
 """By how much Lion's rate is below AdamW's: its steps are all of one size (Chen et al. 2023 take 3 to 10)."""
+WIDTH, FALL = 4096, 0.78
+"""The hidden size that the table's rates are for, and the power by which the best rate falls with the width: Schulman
+et al. 2025 ("LoRA Without Regret") measured 0.781 over Llamas, and much less over Qwens; for weights trained from
+nothing theory has 1 (Yang et al. 2021). QLoRA's 2e-4 for widths up to 5,120 and 1e-4 beyond (Dettmers et al. 2023) fit
+it."""
 CONSTANT = ("qmap1", "qmap2")
 """The tables of bitsandbytes' 8-bit codes: no part of a run's state."""
 SECOND_MOMENTS = ("exp_avg_sq", "absmax2", "state2", "absmax1", "state1")
 """What is 0 until a gradient has come, the first that an optimizer has: PyTorch's; scales of 8 bits, or 32; Lion's."""
 
 
-def default_lr(kind: str, optimizer: str = "adamw") -> tuple[float, str]:
-    """The method's learning rate where the recipe says auto, and the reason to print."""
-    rate, why = METHODS[kind].rate, METHODS[kind].why
+def default_lr(kind: str, optimizer: str, model: Any) -> tuple[float, str]:
+    """The method's learning rate on this model where the recipe says auto, to three digits, and the reason to print.
+
+    model: the base, or what the method made of it. Without numbers ("meta") a rate that goes by their size is nan.
+    """
+    method = METHODS[kind]
+    if method.scale == "width":
+        width = int(model.config.get_text_config().hidden_size)
+        factor = (WIDTH / width) ** FALL
+        how = f"{method.rate:g} for a width of {WIDTH:,}; this model's is {width:,}: × {factor:.3g}"
+    elif method.scale == "size":
+        from luthier.models.soft_prompts import embedding_size
+
+        factor = embedding_size(model)
+        how = f"{method.rate:g} × {factor:.3g}, the root mean square of this model's embeddings"
+    else:
+        factor, how = 1.0, "for any width"
+    rate = float(f"{method.rate * factor:.3g}")
     if optimizer == "lion_8bit":
-        return rate / LION, f"a fifth of AdamW's {rate:g}, as Lion's steps are all of one size"
-    return rate, why
+        rate, how = float(f"{rate / LION:.3g}"), f"{how}; a fifth of AdamW's {rate:g}, as Lion's steps are of one size"
+    return rate, f"{method.why} ({how})"
 
 
-def peak_lr(section: TrainSection, kind: str) -> float:
+def peak_lr(section: TrainSection, kind: str, model: Any) -> float:
     """The highest learning rate of the run. Errors: RecipeError where min_lr lies above it."""
-    peak = default_lr(kind, section.optimizer)[0] if section.lr == "auto" else section.lr
+    peak = default_lr(kind, section.optimizer, model)[0] if section.lr == "auto" else section.lr
     if section.min_lr > peak:
         raise RecipeError(f"train.min_lr: {section.min_lr:g} is above the learning rate {peak:g}; lower it or raise lr")
     return peak
