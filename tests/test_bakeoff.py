@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from luthier import bakeoff
 from luthier.bakeoff import checked, compare_methods, twin
 from luthier.errors import LuthierError, RecipeError, RunError
+from luthier.history import read_lines
 from luthier.loaded import load_data
 from luthier.methods import METHODS
 from luthier.models.adapters import attach
@@ -100,13 +102,20 @@ def test_each_run_is_what_it_would_be_by_itself(town: Path) -> None:
 @pytest.mark.full
 def test_another_recipe_is_another_run(town: Path) -> None:
     compare_methods(town, ["lora", "ia3"], say=silent)
+    said: list[str] = []
+    compare_methods(town, ["lora", "ia3"], ["generate.max_new_tokens=2"], say=said.append)
+    assert sum(line.endswith("trained already") for line in said) == 4, "which trains nothing"
     other = compare_methods(town, ["lora", "ia3"], ["train.steps=2"], say=silent).figures
     assert other is not None and {len(one["curve"]) for m in other["methods"] for one in m["seeds"]} == {2}
     assert Path("runs/town-lora-7-2").is_dir()
+    weights = town.parent / "model" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    compare_methods(town, ["lora", "ia3"], say=silent)
+    assert Path("runs/town-lora-7-3").is_dir(), "other weights at the same place"
 
 
 def test_what_the_table_says_is_what_the_saved_runs_do(town: Path) -> None:
-    found = compare_methods(town, ["prefix", "prompt"], rows=4, say=silent).figures
+    found = compare_methods(town, ["prefix", "p_tuning", "prompt"], rows=4, say=silent).figures
     assert found is not None
     for method in found["methods"]:
         of_seeds = []
@@ -114,11 +123,15 @@ def test_what_the_table_says_is_what_the_saved_runs_do(town: Path) -> None:
             loaded = load_run(run := open_run(seed["run"]))
 
             rows = drawn_rows(load_data(run.recipe, loaded.encoder, silent).eval, loaded.encoder, 4)
+            curve = [line["eval_loss"] for line in read_lines(run.folder.metrics) if line["eval_loss"] is not None]
+            assert seed["figures"]["loss"] == pytest.approx(min(curve[1:]), rel=1e-5), (
+                "PEFT's forward, and the engine's"
+            )
             measured = list(losses(loaded.model, rows, lambda: None))
             of_seeds.append(sum(loss for loss, _ in measured) / sum(count for _, count in measured))
             assert seed["figures"]["loss"] == pytest.approx(of_seeds[-1], rel=1e-6)
             asked = next(one for one in found["answers"] if one["prompt"] == "你好")
-            assert asked["replies"].keys() == {"base", "prefix", "prompt"}
+            assert asked["replies"].keys() == {"base", "prefix", "p_tuning", "prompt"}
         assert method["figures"]["loss"] == pytest.approx(sum(of_seeds) / 2, rel=1e-6)
     page = Path("runs/town-methods/methods.html")
     assert json.loads(page.with_suffix(".json").read_text()) == json.loads(json.dumps(found))
@@ -134,6 +147,9 @@ def test_a_method_that_breaks_off_is_told_and_the_others_go_on(town: Path, monke
             raise RunError("step 2: loss nan")
         return there(bench, *rest, **named)
 
+    def full(*_: Any) -> Score:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
     monkeypatch.setattr(bakeoff, "carried", breaks)
     said: list[str] = []
     found = compare_methods(town, ["prefix", "lora"], say=said.append).figures
@@ -141,6 +157,10 @@ def test_a_method_that_breaks_off_is_told_and_the_others_go_on(town: Path, monke
     last = found["methods"][-1]
     assert (last["kind"], last["failed"], last["figures"], last["seeds"]) == ("prefix", "step 2: loss nan", None, [])
     assert "prefix: step 2: loss nan" in said and not any("prefix tuning, seed 8" in line for line in said)
+    monkeypatch.setattr(bakeoff, "_scored", full)
+    none = compare_methods(town, ["ia3", "lora"], say=silent).figures
+    assert none is not None and none["best"] is None
+    assert [one["failed"] for one in none["methods"]] == ["out of memory", "out of memory"]
 
 
 def test_on_the_command_line(town: Path) -> None:
@@ -171,6 +191,7 @@ def test_methods_that_cannot_be(methods: list[str], message: str) -> None:
     ("methods", "overrides", "message"),
     [
         (["lora", "freeze"], ["model.quantize=nf4"], "freeze: method.kind: freeze trains whole layers"),
+        (["lora", "full"], ["train.min_lr=0.009"], "train.min_lr: 0.009 is above the learning rate 0.000"),
         (["lora", "prompt"], ["data.eval=null"], "nothing to compare methods by: give data.eval"),
         (["lora", "prompt"], ["train.devices=[cpu, cpu]"], "train.devices: the methods of a comparison are trained on"),
     ],
@@ -189,6 +210,7 @@ def test_options_that_do_not_go_together(town: Path) -> None:
         (["town.yaml", "--methods", "lora,ia3", "--strength"], "--strength is of a run, --methods of a recipe"),
         (["town.yaml", "train.steps=1"], "train.steps=1 goes with --methods"),
         (["town.yaml", "--seeds", "3"], "--seeds goes with --methods"),
+        (["town.yaml", "--methods", "lora,ia3", "--rows", "0"], "--rows: 1 at least with --methods"),
     ):
         done = luthier(town.parent, "compare", *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr

@@ -11,30 +11,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from luthier.compare import HELD_OUT
+from luthier.engine.memory import is_full
 from luthier.errors import LuthierError, RecipeError, RunError
 from luthier.folder import RunFolder, check_name, read_json, write_atomic, write_json
-from luthier.judge import Trained, judge_of, table
+from luthier.judge import Judge, Trained, judge_of, table
 from luthier.loaded import Say
 from luthier.methods import METHODS, trains_base, whole
 from luthier.models.adapters import load_adapter
 from luthier.models.load import load_model
+from luthier.models.weights import fingerprint
 from luthier.quiet import quiet
 from luthier.recipe import load_recipe, recipe_difference, run_name, with_method
 from luthier.resume import check_same_data
 from luthier.run import Run, carried, result_folder
+from luthier.scores import Score
 from luthier.sections import Recipe
 from luthier.strength import OWN, passages
 from luthier.training.distributed import World, join
 from luthier.training.launch import launched
 from luthier.training.monitor import forget_peak
+from luthier.training.optim import peak_lr
 from luthier.view.bakeoffpage import bakeoff_html, markdown, show
 from luthier.view.notebook import shell
-from luthier.workbench import Ground, load_ground, workbench
+from luthier.workbench import Ground, check_window, held, load_ground, workbench
 
+Given = TypeVar("Given")
+NO_TRAINING = ("run:", "track", "generate.", "merge.", "train.log_every", "train.keep")
+"""Keys that no number of a training depends on: a run that differs in them alone is not trained anew."""
 SEEDS = 2
 """How often each method is trained: from one training nobody can tell a method from its luck."""
 Screen = Callable[[], AbstractContextManager[dict[str, Any]]]
@@ -86,22 +94,27 @@ def compare_methods(
     recipes = {kind: [with_method(chosen, kind, seed) for seed in numbers] for kind in kinds}
     general = passages(text)
     with join(devices) as world:
+        _check_held(recipes, world)
         ground = load_ground(chosen, [of_seeds[0].method for of_seeds in recipes.values()], None, world, say)
+        _check(recipes, ground, name)
+        if chosen.generate.quantize is not None:
+            say("generate.quantize: not for this: every method answers over the base that it was trained on")
         judge = judge_of(ground, chosen.generate, rows, general)
         base = judge.score(ground.model, "the base")
         found: dict[str, list[Trained]] = {kind: [] for kind in kinds}
         for kind, wanted in _turns(recipes, found, say):
+            run_of = f"{name}-{kind}-{wanted.train.seed}"
             with screen() if screen else nullcontext({"say": say}) as shown:
-                proof = not found[kind]  # another seed's passes are the same
-                run = _trained(wanted, f"{name}-{kind}-{wanted.train.seed}", ground, world, proof, **shown)
+                trained = partial(_trained, wanted, run_of, ground, world, not found[kind], **shown)
+                run = _or_reason(trained)
             if isinstance(run, Run) and run.outcome is not None and run.outcome.stopped is not None:
                 return BakeOff(None, run.folder.path, run.outcome.stopped)
-            if isinstance(run, str):
-                say(f"{kind}: {run}")
-                found[kind].append(Trained(wanted, None, run, None))
-                continue
-            scored = judge.score(_tuned(run, ground, world), f"{kind}, seed {wanted.train.seed}")
-            found[kind].append(Trained(wanted, run, None, scored))
+            scored: Score | str = run if isinstance(run, str) else _or_reason(partial(_scored, run, judge, world))
+            if isinstance(run, str) or isinstance(scored, str):
+                say(f"{kind}: {scored}")
+                found[kind].append(Trained(wanted, None, str(scored), None))
+            else:
+                found[kind].append(Trained(wanted, run, None, scored))
     figures = {"name": name, **table(judge, chosen, base, found, OWN if text is None else str(text))}
     return BakeOff(figures, _written(figures, say))
 
@@ -152,6 +165,43 @@ def _written(figures: dict[str, Any], say: Say) -> Path:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+def _check(recipes: Mapping[str, Sequence[Recipe]], ground: Ground, name: str) -> None:
+    """What a method would be refused for, and what another process has in hand, before any is trained.
+
+    Errors: RecipeError, ModelError, RunError.
+    """
+    check_window(ground.model, ground.data, ground.path, ground.virtual)
+    for kind, of_seeds in recipes.items():
+        peak_lr(of_seeds[0].train, kind, ground.model)
+        for wanted in of_seeds:
+            begun = _begun(wanted, f"{name}-{kind}-{wanted.train.seed}", ground)
+            with begun.locked() if begun is not None else nullcontext():
+                pass
+
+
+def _check_held(recipes: Mapping[str, Sequence[Recipe]], world: World) -> None:
+    """Errors: RecipeError where one loaded base is not what each method would load by itself (fp16 on a GPU)."""
+    (first, *others) = recipes
+    for kind in others:
+        if held(recipes[kind][0], world.device) != held(recipes[first][0], world.device):
+            raise RecipeError(
+                f"train.precision: fp16 holds the base in fp16 for one of {first} and {kind}, and not for the other; "
+                "compare them apart, or set train.precision: bf16"
+            )
+
+
+def _or_reason(call: Callable[[], Given]) -> Given | str:
+    """What it gives; or in a line why it broke off, for the table."""
+    try:
+        return call()
+    except LuthierError as error:
+        return str(error)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        return "out of memory"
+
+
 def _trained(
     recipe: Recipe,
     name: str,
@@ -160,8 +210,8 @@ def _trained(
     proof: bool,
     say: Say,
     watch: Callable[[Path], None] | None = None,
-) -> Run | str:
-    """The run of a method and a seed: done before, gone on with, or trained; or why it broke off, in a line."""
+) -> Run:
+    """The run of a method and a seed: done before, gone on with, or trained."""
     begun = _begun(recipe, name, ground)
     if begun is not None and (read_json(begun.status) or {}).get("state") == "done":
         run = Run(begun, recipe)
@@ -171,15 +221,12 @@ def _trained(
             return run
         begun = None
     forget_peak()
-    try:
-        with ExitStack() as held:
-            if begun is not None:
-                held.enter_context(begun.locked())
-            own = replace(ground, model=twin(ground.model, weights=trains_base(recipe.method)))
-            bench = workbench(recipe, begun, world, say, own)
-            return carried(bench, begun, name, world, held, proof=proof, say=say, watch=watch)
-    except LuthierError as error:
-        return str(error)
+    with ExitStack() as stack:
+        if begun is not None:
+            stack.enter_context(begun.locked())
+        own = replace(ground, model=twin(ground.model, weights=trains_base(recipe.method)))
+        bench = workbench(recipe, begun, world, say, own)
+        return carried(bench, begun, name, world, stack, proof=proof or begun is not None, say=say, watch=watch)
 
 
 def twin(model: Any, *, weights: bool) -> Any:
@@ -195,19 +242,28 @@ def twin(model: Any, *, weights: bool) -> Any:
 
 
 def _begun(recipe: Recipe, name: str, ground: Ground) -> RunFolder | None:
-    """The newest run of that name with this very recipe and these rows."""
+    """The newest run of that name with this very training: recipe, base weights, rows, and day if templates see it."""
     there = Path("runs").absolute().glob(f"{name}*/recipe.yaml")
+    weights, today = fingerprint(ground.path), ground.encoder.today.isoformat()
     for folder in sorted((RunFolder(path.parent) for path in there), key=lambda one: -one.recipe.stat().st_mtime):
         with suppress(RecipeError):
             changed = recipe_difference(load_recipe(folder.recipe, check_files=False), recipe)
-            if all(line.startswith(("run:", "track:")) for line in changed):
-                check_same_data(folder, ground.data.report)
+            if not all(line.startswith(NO_TRAINING) for line in changed):
+                continue
+            check_same_data(folder, ground.data.report)
+            environment = read_json(folder.path / "environment.json") or {}
+            same_day = ground.encoder.identity["today"] is None or (read_json(folder.data) or {}).get("today") == today
+            if same_day and environment.get("model", {}).get("weights") == weights:
                 return folder
     return None
 
 
+def _scored(run: Run, judge: Judge, world: World) -> Score:
+    """The run's result, as it was saved, over the loaded base."""
+    return judge.score(_tuned(run, judge.ground, world), f"{run.recipe.method.kind}, seed {run.recipe.train.seed}")
+
+
 def _tuned(run: Run, ground: Ground, world: World) -> Any:
-    """The run's result as it was saved, over the loaded base."""
     result, method = result_folder(run), run.recipe.method
     if whole(method.kind):
         section = run.recipe.model.model_copy(update={"name": str(result)})

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from luthier.compare import asked, held_out, room_of
+from luthier.compare import asked, held_out
 from luthier.data.batches import total_steps
 from luthier.errors import RecipeError
 from luthier.folder import read_json
@@ -58,15 +58,21 @@ class Judge:
 
 
 def judge_of(ground: Ground, section: GenerateSection, rows: int, general: Sequence[str]) -> Judge:
-    """rows: most held-out rows. Errors: RecipeError where there are none."""
+    """rows: most held-out rows. Errors: RecipeError where there are none.
+
+    Every model is asked the same, which all have room for behind the virtual tokens of any.
+    """
     encoder, model = ground.encoder, ground.model
+    window = window_of(model)
+    window = None if window is None else window - ground.virtual
+    room = min((limit for limit in (window, section.max_length) if limit is not None), default=None)
     scored = drawn_rows(ground.data.eval, encoder, rows)
     if not scored:
         raise RecipeError("nothing to compare methods by: give data.eval, rows that are not trained on (0.1, say)")
-    kept, _ = held_out(ground.data.eval, encoder, ground.tokenizer, room_of(model, section), rows)
+    kept, _ = held_out(ground.data.eval, encoder, ground.tokenizer, room, rows)
     questions = [*asked(ground.prompts, encoder, section), *kept]
     ends = ready(model, ground.tokenizer, encoder).end_ids
-    return Judge(ground, section, ends, questions, scored, pieces(encoder, general, window_of(model)), forget_peak())
+    return Judge(ground, section, ends, questions, scored, pieces(encoder, general, window), forget_peak())
 
 
 def table(

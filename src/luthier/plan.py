@@ -171,7 +171,7 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), *, say: Say = print)
     data = _data(chosen, path, unknown, say)
     if data is not None:
         check_vocabulary(model, data, path)
-        check_window(model, data, path)
+        check_window(model, data, path, virtual_of(model).tokens)
     return planned(bare, data, free_memory(device), unknown)
 
 

@@ -289,9 +289,11 @@ def _record(folder: RunFolder, bench: Workbench) -> None:
     machine = {"python": platform.python_version(), "platform": platform.platform(), "device": str(bench.model.device)}
     sizes = [(value.numel(), value.requires_grad) for value in bench.model.parameters()]
     counts = {"parameters": sum(count for count, _ in sizes), "trainable": sum(n for n, trains in sizes if trains)}
+    of_model = counts | {"weights": bench.weights}
     libraries += ["bitsandbytes"] if find_spec("bitsandbytes") else []
     write_json(
-        folder.path / "environment.json", machine | {name: version(name) for name in libraries} | {"model": counts}
+        folder.path / "environment.json",
+        machine | {name: version(name) for name in libraries} | {"model": of_model},
     )
     if bench.recipe.data.write_text is not None:
         from luthier.data.prepare import write_text

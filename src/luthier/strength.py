@@ -22,6 +22,7 @@ from luthier.compare import answers, asked, held_out, room_of
 from luthier.data.encode import Encoder
 from luthier.data.examples import Examples
 from luthier.data.prepare import Data
+from luthier.engine.soft import virtual_of
 from luthier.errors import DataError, RecipeError
 from luthier.folder import write_atomic, write_json
 from luthier.loaded import Prompt, Say, load_data
@@ -197,12 +198,17 @@ def score(
 
 @torch.inference_mode()
 def losses(model: Any, texts: Sequence[Text], done: Callable[[], None]) -> Iterator[tuple[float, int]]:
-    """Of each text the summed cross entropy of its places, in nats and fp32, and their number."""
+    """Of each text the summed cross entropy of its places, in nats and fp32, and their number.
+
+    PEFT puts a soft prompt's virtual tokens before the row: the logits stand so many places further on.
+    """
+    virtual = virtual_of(model)
+    shift = virtual.tokens if virtual.columns else 0
     for ids, places in texts:
         row = torch.tensor([ids], device=model.device)
-        before = torch.from_numpy(places - 1).to(model.device)
-        logits = model(input_ids=row, logits_to_keep=before, use_cache=False).logits[0].float()
-        yield float(F.cross_entropy(logits, row[0, before + 1], reduction="sum")), len(places)
+        at = torch.from_numpy(places).to(model.device)
+        logits = model(input_ids=row, logits_to_keep=at - 1 + shift, use_cache=False).logits[0].float()
+        yield float(F.cross_entropy(logits, row[0, at], reduction="sum")), len(places)
         done()
 
 

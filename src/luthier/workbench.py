@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a run needs whatever its method: the base model, and rows and prompts as ids."""
+    """What a run needs whatever its method: the base model, and rows and prompts as ids.
+
+    virtual: the most virtual tokens of any method that it was loaded for.
+    """
 
     path: Path
     tokenizer: Any
@@ -35,16 +38,21 @@ class Ground:
     prompts: list[Prompt]
     ids: list[list[int]]
     model: Any
+    virtual: int
 
 
 @dataclass(frozen=True)
 class Workbench:
-    """What a run is trained with, loaded and checked. stored: the number format of the base's weights as loaded."""
+    """What a run is trained with, loaded and checked.
+
+    stored: the number format of the base's weights as loaded; weights: `models.weights.fingerprint` of its folder.
+    """
 
     recipe: Recipe
     section: TrainSection
     model: Any
     stored: Any
+    weights: str
     tokenizer: Any
     encoder: Encoder
     data: Data
@@ -59,8 +67,10 @@ def workbench(
 
     Errors: those of `train` before it writes.
     """
+    from luthier.engine.soft import virtual_of
     from luthier.generate import check_prompts
     from luthier.models.adapters import attach
+    from luthier.models.weights import fingerprint
     from luthier.training.optim import peak_lr
     from luthier.training.start import autocast_dtype
 
@@ -69,12 +79,13 @@ def workbench(
     stored, method, seed = model.dtype, recipe.method, recipe.train.seed
     rate = peak_lr(recipe.train, recipe.method.kind, model)
     model = attach(model, method, seed, say=say, revision=recipe.model.revision, tokenizer=tokenizer)
-    check_window(model, data, path)  # behind the virtual tokens of a soft prompt
+    check_window(model, data, path, virtual_of(model).tokens)
     check_prompts(model, ground.ids, recipe.generate)
     section = with_precision(recipe.train, stored, model.dtype, world.device.type, say)
     autocast_dtype(model, section)
     _say_rate(recipe, rate, model, say)
-    return Workbench(recipe, section, model, stored, tokenizer, ground.encoder, data, ground.order, ground.prompts)
+    of_data = (ground.encoder, data, ground.order, ground.prompts)
+    return Workbench(recipe, section, model, stored, fingerprint(path), tokenizer, *of_data)
 
 
 def load_ground(
@@ -88,8 +99,7 @@ def load_ground(
 
     check_extras(recipe)
     path, tokenizer, encoder = load_encoder(recipe, say, today_of(begun))
-    for method in methods:
-        _check_before_data(path, recipe, method, tokenizer)
+    virtual = max(_check_before_data(path, recipe, method, tokenizer) for method in methods)
     prompts = list[Prompt](load_prompts(recipe.generate))
     ids = [prompt_ids(encoder, prompt, recipe.generate) for prompt in prompts]
     data = load_data(recipe, encoder, say)
@@ -102,25 +112,27 @@ def load_ground(
     give_back()
     say(f"model: {footprint(model)} on {world.device}{f', in {world.size} processes' if world.size > 1 else ''}")
     check_vocabulary(model, data, path)
-    return Ground(path, tokenizer, encoder, data, order, prompts, ids, model)
+    return Ground(path, tokenizer, encoder, data, order, prompts, ids, model, virtual)
 
 
-def _check_before_data(path: Path, recipe: Recipe, method: MethodSection, tokenizer: Any) -> None:
+def _check_before_data(path: Path, recipe: Recipe, method: MethodSection, tokenizer: Any) -> int:
     """What the configuration alone tells to be wrong, before rows are encoded and weights are read. Errors: ModelError.
 
-    A target that matches nothing, say: the method is tried on the model without its numbers.
+    A target that matches nothing, say: the method is tried on the model without its numbers. Gives its virtual tokens.
     """
     import torch
 
+    from luthier.engine.soft import virtual_of
     from luthier.models.adapters import attach
     from luthier.models.load import check_architecture, read_config
     from luthier.models.quantize import quantization
     from luthier.rehearsal import bare_model
 
     native = check_architecture(path, read_config(path), recipe.model.trust_vendor_code)
-    if native and method.kind != "full":
-        bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
-        attach(bare, method, recipe.train.seed, say=lambda _: None, tokenizer=tokenizer)
+    if not native or method.kind == "full":
+        return 0
+    bare = bare_model(path, torch.float32, quantized=quantization(recipe.model.quantize))
+    return virtual_of(attach(bare, method, recipe.train.seed, say=lambda _: None, tokenizer=tokenizer)).tokens
 
 
 def check_vocabulary(model: Any, data: Data, path: Path) -> None:
@@ -134,12 +146,11 @@ def check_vocabulary(model: Any, data: Data, path: Path) -> None:
         )
 
 
-def check_window(model: Any, data: Data, path: Path) -> None:
-    """Errors: ModelError where a row is longer than the model reads: it knows no positions beyond its window."""
-    from luthier.engine.soft import virtual_of
+def check_window(model: Any, data: Data, path: Path, virtual: int) -> None:
+    """Errors: ModelError where a row, behind `virtual` tokens, is longer than the model reads: it knows no positions
+    beyond its window."""
     from luthier.models.load import window_of
 
-    virtual = virtual_of(model).tokens
     window = (window_of(model) or math.inf) - virtual
     for part in (part for part in (data.train, data.eval) if part is not None):
         longest = int(part.lengths.argmax())

@@ -6,7 +6,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,20 +90,33 @@ def _compared(run: str, strength: bool, rows: int | None, text: Path | None) -> 
 def _bake_off(
     recipe: str, methods: str, overrides: list[str], seeds: int | None, rows: int | None, text: Path | None
 ) -> None:
+    if rows == 0:
+        raise RecipeError("--rows: 1 at least with --methods, which are told apart by held-out rows")
     if sys.stdout.isatty():
         say("loading libraries, data and model …")
-    from luthier.bakeoff import SEEDS, compare_methods
+    from luthier.quiet import quiet
 
-    options = {"seeds": seeds or SEEDS, **({} if rows is None else {"rows": rows})}
-    found = compare_methods(recipe, methods.split(","), overrides, **options, text=text, say=say, screen=screen)
+    quiet()
+    from luthier.bakeoff import compare_methods
+
+    given: dict[str, Any] = {
+        name: value for name, value in (("seeds", seeds), ("rows", rows), ("text", text)) if value is not None
+    }
+    command = ["luthier", "compare", "--methods", methods, recipe, *overrides]
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    try:
+        found = compare_methods(recipe, methods.split(","), overrides, **given, say=say, screen=screen)
+    except KeyboardInterrupt:
+        say(f"interrupted; go on with: {shlex.join(command)}")
+        raise
     if found.figures is None:
-        command = ["luthier", "compare", "--methods", methods, *(["--seeds", str(seeds)] * bool(seeds))]
-        say(f"stopped; go on with: {shlex.join([*command, recipe, *overrides])}")
+        say(f"stopped; go on with: {shlex.join(command)}")
         sys.exit(128 + (found.stopped or 0))
     best = next((one for one in found.figures["methods"] if one["kind"] == found.figures["best"]), None)
-    if best is not None:
-        name = quoted(Path(best["seeds"][0]["run"]))
-        say_next(f"luthier merge {name} -o DIR" if best["mergeable"] else f"luthier chat {name}")
+    if best is None:
+        sys.exit(1)
+    name = quoted(Path(best["seeds"][0]["run"]))
+    say_next(f"luthier merge {name} -o DIR" if best["mergeable"] else f"luthier chat {name}")
 
 
 @at_once()

@@ -293,9 +293,9 @@ class _Fused(torch.autograd.Function):
 def _sum(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
     """x · Wᵀ + bias + scale · low · Bᵀ: [T, O], in the format of x.
 
-    In 16 bits the small product is there first and the large one is added to it in fp32, as it comes, and rounded once.
-    The other way round it is added to what is rounded already: of a first update, mostly below half a step of that, a
-    third (of 1e-4) arrived in a layer's output, now all of it.
+    In 16 bits the small product is there first and the large one is added to it in fp32, as it comes, and rounded once
+    (with a bias once more). The other way round it is added to what is rounded already: of a first update, mostly below
+    half a step of that, a third (of 1e-4) arrived in a layer's output, now all of it.
     """
     if x.dtype == torch.float32:
         return products.forward(x, weight, bias).addmm_(low, b.t(), alpha=scale)

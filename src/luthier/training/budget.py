@@ -96,7 +96,7 @@ def kept_bytes(gradients: Gradients, part: Pass) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would be held by the operation that made it, and that one by it: for good
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         loss = gradients.loss(part)

@@ -118,8 +118,9 @@ def ordered(found: Found) -> list[Found]:
 
 
 def measure(found: Found) -> str:
-    """What the methods are judged by: rows answered exactly, or where there are none the held-out loss."""
-    return "loss" if found["base"]["exact_share"] is None else "exact_share"
+    """What the methods are judged by: rows answered exactly, or where nobody answers one the held-out loss."""
+    all_figures = [found["base"], *(method["figures"] for method in found["methods"])]
+    return "exact_share" if any(figures["exact_share"] for figures in all_figures if figures) else "loss"
 
 
 def knows(found: Found) -> bool:
@@ -252,5 +253,6 @@ def note(found: Found) -> str:
         f"{general} Below a figure its 95 % bounds: Wilson's for the share of rows answered exactly, by bootstrap over "
         "rows and passages for the others; they tell what other rows would change, not other seeds. Trains: numbers "
         "that are trained, and their share of all. Adapter: the weights in the result's folder; no merge: no weight of "
-        "the model can hold them. A step: its time."
+        "the model can hold them. Memory: the most while it trained, on a CPU that of the "
+        "whole process, libraries and base too. A step: its time."
     )
