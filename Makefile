@@ -33,8 +33,8 @@ test-full: environment ## every test, however long; the summary goes to tests/FU
 bench-gpu: environment ## the engine on a CUDA card: exact? how fast? (10 minutes; needs nothing from the network)
 	@.venv/bin/python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
-bench: environment ## Luthier beside other tools (about 25 minutes; FULL=1 for all cells); docs/performance.md
-	@echo "Luthier beside other tools on the same rows (about 25 minutes, and some for the peers' environments the first time)"
+bench: environment ## Luthier beside other tools (under 20 minutes; FULL=1 for all cells); docs/performance.md
+	@echo "Luthier beside other tools on the same rows (under 20 minutes, and some for the peers' environments the first time)"
 	@.venv/bin/python benchmarks/compare/bench.py $(if $(FULL),--full)
 
 check: environment ## format, lint and types

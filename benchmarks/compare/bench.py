@@ -170,10 +170,10 @@ def rows_of(cell: cells.Cell, full: bool) -> int:
 
 
 def usual(everyone: list[Contestant], cell: cells.Cell) -> list[Contestant]:
-    """Who takes part where time is short: each rung of the ladder by itself only in the first of the cells."""
+    """Who takes part where time is short: the ladder below its last rung only in the first of the cells."""
     rungs = [one for one in everyone if one.rung]
-    between = [] if cell == cells.USUAL[0] else rungs[1:-1]
-    return [one for one in everyone if one not in between]
+    below = [] if cell == cells.USUAL[0] else rungs[:-1]
+    return [one for one in everyone if one not in below]
 
 
 def fastest(everyone: list[Contestant], turns: dict[str, list[dict[str, Any]]]) -> set[str]:
