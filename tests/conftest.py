@@ -21,3 +21,8 @@ def shared() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip(f"needs the shared folder ({folder} is not there; set LUTHIER_SHARED)")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The journeys first, whose files take minutes: the workers come to their end together."""
+    items.sort(key=lambda item: "journeys" not in item.path.parts)

@@ -163,6 +163,7 @@ def test_a_method_that_breaks_off_is_told_and_the_others_go_on(town: Path, monke
     assert [one["failed"] for one in none["methods"]] == ["out of memory", "out of memory"]
 
 
+@pytest.mark.full
 def test_on_the_command_line(town: Path) -> None:
     done = luthier(town.parent, "compare", "--methods", "lora,prompt", "town.yaml", "train.steps=1", "--rows", "2")
     assert done.returncode == 0, done.stderr

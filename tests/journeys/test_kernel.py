@@ -39,6 +39,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 # -- docs/quickstart.ipynb -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_notebook_of_the_docs(tmp_path: Path) -> None:
     cells = [cell for cell in TOOL["execute"](tmp_path).cells if cell.cell_type == "code"]
     found = [output for cell in cells for output in cell.outputs]
