@@ -40,9 +40,9 @@ SAMPLED = 3
 """Of them: those that `make test` tries; 16 bits are below int8 and NF4 as well."""
 EXACT = 1e-5
 """fp32: packed and apart differ by the order of their sums, below 1e-6 of a gradient where it was looked at."""
-ROUNDED = 0.15
-"""bf16 has 8 bits, and packed rows are rounded in other places: up to 0.09 of a gradient was seen (OPT's), and 1e-3
-of the loss."""
+ROUNDED = 0.2
+"""bf16 has 8 bits, and packed rows are rounded in other places: 0.16 of a gradient was the most (OPT's, whose
+layers all have biases; LoRA's sums are rounded in another order than PEFT's), and 1e-3 of the loss."""
 
 
 FAR = {
