@@ -75,6 +75,7 @@ def test_plain_peft_opens_the_adapter(trained: Path) -> None:
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.full
 def test_compare_merge_and_generate(trained: Path) -> None:
     shown = well(trained, "compare", "runs/town", "--rows", "4")
     assert "Where is 7?" in shown and "base" in shown and "tuned" in shown
